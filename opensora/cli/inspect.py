@@ -1,0 +1,70 @@
+"""Commands that look and change nothing: config show, config schema, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from opensora import config as configs
+from opensora.config import Config
+from opensora.errors import UsageError, did_you_mean
+
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `doctor` to the application."""
+    app.command()(doctor)
+
+
+def schemas() -> dict[str, type[Config]]:
+    """What kinds of config files there are."""
+    from opensora.arena.scenes import SceneConfig
+    from opensora.cli.encoding import EncodeConfig
+    from opensora.evaluate.arena import ArenaConfig
+    from opensora.train.config import TrainConfig
+
+    return {
+        "train": TrainConfig,
+        "encode": EncodeConfig,
+        "arena": ArenaConfig,
+        "scenes": SceneConfig,
+    }
+
+
+def _schema(kind: str) -> type[Config]:
+    known = schemas()
+    if kind not in known:
+        raise UsageError(f"--kind {kind} is unknown.{did_you_mean(kind, known)}")
+    return known[kind]
+
+
+@config_app.command()
+def show(
+    path: Path = typer.Argument(..., help="YAML file"),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
+    kind: str = typer.Option("train", help="train, encode, arena or scenes"),
+) -> None:
+    """Print a config with its bases, overrides and defaults written out, as JSON."""
+    typer.echo(configs.to_json(configs.load(_schema(kind), path, overrides or [])), nl=False)
+
+
+@config_app.command()
+def schema(kind: str = typer.Option("train", help="train, encode, arena or scenes")) -> None:
+    """Print the JSON schema of a kind of config, for editors."""
+    typer.echo(json.dumps(_schema(kind).model_json_schema(), indent=1))
+
+
+def doctor(
+    folder: Path = typer.Option(Path(), help="where runs will be written"),
+) -> None:
+    """Check this machine: versions, devices, codecs, collectives, disk."""
+    from opensora.cli.doctor import examine
+
+    findings = examine(folder)
+    for finding in findings:
+        typer.echo(finding.line())
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(64)

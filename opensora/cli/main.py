@@ -1,0 +1,89 @@
+"""`opensora`: parse, load the config, call one function; every failure is one line and a code.
+
+Commands live beside this file and import what they need when they run, so that `--help` and
+refusals are quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from opensora import __version__
+from opensora.cli import data, inspect, run
+from opensora.errors import OpensoraError, StorageError, did_you_mean
+
+# Typer may bring its own copy of click; its exceptions are reached through the public one.
+UsageFault: Any = typer.BadParameter.__mro__[1]
+ClickFault: Any = UsageFault.__mro__[1]
+
+app = typer.Typer(
+    name="opensora",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Open video generation and world-model training.",
+    epilog="Exit codes: 0 done, 64 usage or config, 65 bad data, 66 checkpoint unusable, "
+    "70 numerics, 74 disk or I/O, 75 stopped and resumable.",
+)
+app.add_typer(data.app, name="data", help="Render, probe and check training data.")
+app.add_typer(inspect.config_app, name="config", help="Show configs and their schema.")
+run.register(app)
+inspect.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"opensora {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the code of its outcome."""
+    sys.exit(invoke(sys.argv[1:] if arguments is None else arguments))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run the command line; returns the exit code, with any error told on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="opensora", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as error:
+        return error.exit_code
+    except UsageFault as error:
+        return _refuse(_usage(error), 64)
+    except ClickFault as error:
+        return _refuse(error.format_message(), 64)
+    except (typer.Abort, KeyboardInterrupt):
+        return _refuse("interrupted", 75)
+    except OpensoraError as error:
+        return _refuse(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES):
+            return _refuse(f"{error.filename or 'disk'}: {error.strerror}", StorageError.exit_code)
+        raise
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"opensora: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> str:
+    """A usage error with the command's own help and the nearest command."""
+    message: str = error.format_message()
+    context = error.ctx
+    if context is None or type(error).__name__ == "NoArgsIsHelpError":
+        return message
+    commands = getattr(context.command, "commands", {})
+    if commands and message.startswith("No such command"):
+        found = message.split("'")[1]
+        message = f"no command '{found}'.{did_you_mean(found, commands)}"
+    return f"{message} (see: {context.command_path} --help)"

@@ -1,0 +1,130 @@
+"""Commands that run something: train, encode, sample, eval, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from opensora import config as configs
+from opensora.errors import UsageError
+
+Overrides = typer.Argument(None, metavar="[KEY=VALUE]...", help="overrides, such as optim.lr=1e-3")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to the application."""
+    for function in (train, encode, sample):
+        app.command()(function)
+    app.command("eval")(evaluate)
+    app.command()(report)
+
+
+def train(
+    config: Path = typer.Argument(..., help="YAML file of the run, see configs/"),
+    overrides: list[str] = Overrides,
+) -> None:
+    """Train what a config describes, or go on where the same run stopped.
+
+    Also under torchrun: torchrun --nproc-per-node N -m opensora train CONFIG.
+    """
+    from opensora.cli.sampling import sampler_for
+    from opensora.runtime import start
+    from opensora.train.config import TrainConfig
+    from opensora.train.run import train as run
+
+    loaded = configs.load(TrainConfig, config, overrides or [])
+    place = start(loaded.device)
+    try:
+        run(loaded, place, sampler=sampler_for)
+    finally:
+        place.close()
+
+
+def encode(
+    config: Path = typer.Argument(..., help="YAML file of an encoding, see configs/"),
+    overrides: list[str] = Overrides,
+) -> None:
+    """Encode clips to a cache of latents once, so that training need not do it every step."""
+    from opensora.cli.encoding import EncodeConfig, run
+
+    run(configs.load(EncodeConfig, config, overrides or []))
+
+
+def sample(
+    checkpoint: Path = typer.Argument(..., help="run, checkpoints folder or checkpoint"),
+    prompts: list[str] = typer.Argument(None, help="prompts, one video each"),
+    file: Path = typer.Option(None, "--file", help="prompts from a .txt or a .csv column `text`"),
+    output: Path = typer.Option(Path("outputs/samples"), "--output", "-o", help="folder"),
+    seed: int = typer.Option(0, min=0, help="seed of the first sample; each has its own"),
+    per_prompt: int = typer.Option(1, min=1, help="videos for each prompt"),
+    steps: int = typer.Option(30, min=1, help="sampling steps"),
+    guidance: float = typer.Option(3.0, min=0, help="classifier-free guidance scale; 1 is off"),
+    rescale: float = typer.Option(0.0, min=0, max=1, help="guidance rescale"),
+    sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m or ddim"),
+    negative: str = typer.Option("", help="negative prompt"),
+    frames: int = typer.Option(None, min=1, help="frames; as trained by default"),
+    height: int = typer.Option(None, min=8, help="pixels"),
+    width: int = typer.Option(None, min=8, help="pixels"),
+    fps: float = typer.Option(None, min=0.01, help="frames per second"),
+    batch_size: int = typer.Option(8, min=1, help="videos at a time; changes no video"),
+    format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
+    raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+) -> None:
+    """Draw videos from prompts."""
+    from opensora.cli.sampling import draw
+
+    texts = list(prompts or [])
+    if bool(texts) == (file is not None):
+        raise UsageError("give prompts as arguments, or a --file of them")
+    sampling = {
+        "sampler": sampler,
+        "schedule": {"num_steps": steps},
+        "guidance": {"scale": guidance, "rescale": rescale},
+    }
+    shape = {"num_frames": frames, "height": height, "width": width, "fps": fps}
+    draw(
+        checkpoint,
+        texts,
+        file=file,
+        output=output,
+        seed=seed,
+        per_prompt=per_prompt,
+        sampling=sampling,
+        shape={key: value for key, value in shape.items() if value is not None},
+        negative_prompt=negative,
+        batch_size=batch_size,
+        suffix=f".{format.lstrip('.')}",
+        averaged=not raw_weights,
+        device=device,
+    )
+
+
+def evaluate(
+    checkpoint: Path = typer.Argument(..., help="run, checkpoints folder or checkpoint"),
+    suite: str = typer.Option("arena", help="what to measure: arena"),
+    output: Path = typer.Option(None, "--output", "-o", help="folder; beside the run by default"),
+    config: Path = typer.Option(None, "--config", help="YAML with the suite's settings"),
+    overrides: list[str] = Overrides,
+    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+) -> None:
+    """Judge a checkpoint, with the controls that tell what its scores are worth."""
+    from opensora.cli.judging import run
+
+    tree: dict[str, Any] = {} if config is None else configs.read(config)
+    where = str(config or "eval")
+    run(checkpoint, suite, configs.override(tree, overrides or []), where, output, device)
+
+
+def report(
+    folder: Path = typer.Argument(..., help="run folder, or a folder of runs and scores"),
+    output: Path = typer.Option(None, "--output", "-o", help="page; FOLDER/report.html by default"),
+) -> None:
+    """Write one offline HTML page from what runs left on disk."""
+    from opensora.report.page import write_report
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder: name a run, or a folder of runs")
+    typer.echo(write_report(folder, output))

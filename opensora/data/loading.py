@@ -1,0 +1,130 @@
+"""Batches of consecutive steps, read ahead by worker processes.
+
+The main process walks the plan and hands each worker what to read, so workers hold neither the
+plan nor its memory, and what a step sees does not depend on how many of them there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from opensora.data.plan import Batch, Plan
+from opensora.errors import OpensoraError, UsageError
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer", covariant=True)
+
+
+class BatchDataset(Protocol[Answer]):
+    """What answers a request of the plan: ClipDataset, LatentDataset."""
+
+    def __getitem__(self, batch: Batch, /) -> Answer: ...
+
+
+def batches(
+    dataset: BatchDataset[Item],
+    plan: Plan,
+    first_step: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_steps: int | None = None,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    multiprocessing_context: str | None = None,
+) -> Iterator[Item]:
+    """What one data-parallel rank sees at steps first_step, first_step + 1, ...
+
+    Closing the iterator, or dropping it, ends the workers.
+
+    Args:
+        rank, world_size: among the ranks that read different data.
+        num_steps: how many; None never ends.
+        num_workers: processes that read ahead; 0 reads in this one.
+        prefetch: batches that each worker keeps ready.
+        multiprocessing_context: 'fork', 'spawn' or 'forkserver'; None is the platform's own.
+
+    Raises:
+        UsageError: a number is negative, or a batch has fewer clips than there are ranks.
+        DataError: as the dataset raises it, also out of a worker.
+    """
+    if first_step < 0 or num_workers < 0:
+        raise UsageError(f"first_step={first_step}, num_workers={num_workers}: 0 is the least")
+    plan.check_world_size(world_size)
+    steps = itertools.count(first_step)
+    chosen = steps if num_steps is None else itertools.islice(steps, num_steps)
+    requests = (plan.local(step, rank, world_size) for step in chosen)
+    return answers(
+        dataset,
+        requests,
+        num_workers=num_workers,
+        prefetch=prefetch,
+        multiprocessing_context=multiprocessing_context,
+    )
+
+
+def answers(
+    dataset: BatchDataset[Item],
+    requests: Iterator[Batch],
+    *,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    multiprocessing_context: str | None = None,
+) -> Iterator[Item]:
+    """The dataset's answers to the requests, in their order; the arguments are those of `batches`.
+
+    Raises:
+        OpensoraError: as the dataset raises it; out of a worker it arrives with its own message
+            and without the worker's traceback.
+    """
+    if num_workers == 0:
+        yield from (dataset[request] for request in requests)
+        return
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(dataset),
+        sampler=requests,  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        prefetch_factor=prefetch,
+        multiprocessing_context=multiprocessing_context,
+        worker_init_fn=_start_worker,
+    )
+    iterator = iter(loader)
+    try:
+        for answer in iterator:
+            if isinstance(answer, OpensoraError):
+                raise answer
+            yield answer
+    finally:
+        del iterator, loader  # the last reference: the workers are told to stop and waited for
+
+
+class _Guarded(Dataset[Any]):
+    """Brings errors meant for the user home as values; the loader would wrap them in tracebacks."""
+
+    def __init__(self, dataset: BatchDataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, batch: Batch) -> Any:
+        try:
+            return self._dataset[batch]
+        except OpensoraError as error:
+            return error
+
+
+def _unchanged(item: Item) -> Item:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    """Leave signals to the parent, which finishes its step; a worker dies with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

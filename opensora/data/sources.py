@@ -1,0 +1,146 @@
+"""Where training reads: clips from a manifest, or a cache of latents, behind one `open_source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from opensora.config import Config
+from opensora.data import manifest as manifests
+from opensora.data.assignment import BucketAssigner, Census
+from opensora.data.buckets import BucketsConfig, Triple
+from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
+from opensora.data.latents import CachedAssigner, LatentDataset, open_cache
+from opensora.data.loading import BatchDataset, answers, batches
+from opensora.data.plan import Plan, once
+from opensora.runtime import Runtime
+
+
+class ClipsSourceConfig(Config):
+    """Decode videos in every step."""
+
+    kind: Literal["clips"] = "clips"
+    manifest: Path = Field(description="CSV or Parquet of training clips")
+    validation: Path | None = Field(None, description="CSV or Parquet of validation clips")
+    buckets: BucketsConfig
+    clips: ClipsConfig = ClipsConfig()
+    num_workers: int = Field(0, ge=0, description="processes that decode ahead, on each rank")
+
+
+class LatentsSourceConfig(Config):
+    """Read latents that `opensora encode` has written."""
+
+    kind: Literal["latents"] = "latents"
+    cache: Path = Field(description="folder of training latents")
+    validation: Path | None = Field(None, description="folder of validation latents")
+    buckets: BucketsConfig
+    num_workers: int = Field(0, ge=0, description="processes that read ahead, on each rank")
+
+
+DataConfig = Annotated[ClipsSourceConfig | LatentsSourceConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task asks of its data.
+
+    Attributes:
+        stride: of the VAE, (time, height, width); clips must divide by it.
+        patch: of the model, in latent positions.
+        latents: identity of the encoder whose cached latents fit, or None.
+    """
+
+    stride: Triple
+    patch: Triple
+    latents: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Batches of one rank.
+
+    Attributes:
+        census: where every row of the training data went.
+    """
+
+    census: Census
+    _plan: Plan
+    _dataset: BatchDataset[Any]
+    _validation: tuple[BucketAssigner | CachedAssigner, BatchDataset[Any]] | None
+    _place: Runtime
+    _num_workers: int
+
+    def train(self, first_step: int) -> Iterator[Any]:
+        """This rank's batches from a step on, without end; close it to end its workers."""
+        return batches(
+            self._dataset,
+            self._plan,
+            first_step,
+            rank=self._place.rank,
+            world_size=self._place.world_size,
+            num_workers=self._num_workers,
+        )
+
+    @property
+    def has_validation(self) -> bool:
+        return self._validation is not None
+
+    def validation(self) -> Iterator[Any]:
+        """This rank's share of one pass over the validation data; the same batches every time."""
+        if self._validation is None:
+            return iter(())
+        assigner, dataset = self._validation
+        share = once(assigner)[self._place.rank :: self._place.world_size]
+        return answers(dataset, iter(share))
+
+
+def open_source(
+    config: ClipsSourceConfig | LatentsSourceConfig,
+    needs: Needs,
+    place: Runtime,
+    *,
+    seed: int,
+) -> Source:
+    """Open the data of a run and check it.
+
+    Raises:
+        DataError: it cannot be read, does not fit the buckets, or holds another encoder's latents.
+        UsageError: the config contradicts itself, or has too few clips a step for the ranks.
+    """
+    if isinstance(config, ClipsSourceConfig):
+        assigner, dataset = _clips(config.manifest, config, needs, seed)
+        held = config.validation and _clips(config.validation, config, needs, seed, fixed=True)
+    else:
+        assigner, dataset = _latents(config.cache, config, needs)
+        held = config.validation and _latents(config.validation, config, needs)
+    plan = Plan(assigner, seed=seed)
+    plan.check_world_size(place.world_size)
+    return Source(assigner(0).census, plan, dataset, held or None, place, config.num_workers)
+
+
+def _clips(
+    path: Path, config: ClipsSourceConfig, needs: Needs, seed: int, *, fixed: bool = False
+) -> tuple[BucketAssigner, ClipDataset]:
+    """A manifest's clips; `fixed` cuts each from its file's start and middle, for validation."""
+    manifest = manifests.read(path)
+    manifests.check_files(manifest)
+    clips = config.clips
+    if fixed:
+        clips = clips.model_copy(update={"start": "first", "crop": "centre", "flip": 0.0})
+    assigner = BucketAssigner(
+        manifest, config.buckets, stride=needs.stride, patch=needs.patch, seed=seed
+    )
+    reader = ClipReader(manifest, config.buckets, clips, seed=seed)
+    return assigner, ClipDataset(reader, Quarantine(len(manifest), clips.max_bad_fraction))
+
+
+def _latents(
+    path: Path, config: LatentsSourceConfig, needs: Needs
+) -> tuple[CachedAssigner, LatentDataset]:
+    cache = open_cache(path, identity=needs.latents)
+    assigner = CachedAssigner(cache, config.buckets, stride=needs.stride, patch=needs.patch)
+    return assigner, LatentDataset(cache)

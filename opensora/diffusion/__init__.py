@@ -1,0 +1,1 @@
+"""Noise processes, levels, solvers, guidance and masks: tensors and callables only."""

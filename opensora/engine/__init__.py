@@ -1,0 +1,1 @@
+"""How parameters and work are placed: engines, checkpoints, averages of weights."""

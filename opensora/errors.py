@@ -1,0 +1,88 @@
+"""What can go wrong, and the exit code that each kind ends the process with.
+
+One line tells the user what, where and how to mend it; `cli` prints that line and exits with the
+class's code. The classes also inherit the built-in that a library caller would expect to catch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class OpensoraError(Exception):
+    """Base of every error that is told to the user in one line rather than as a traceback."""
+
+    exit_code = 70
+
+
+class UsageError(OpensoraError, ValueError):
+    """A command line or a config that cannot be carried out (exit 64)."""
+
+    exit_code = 64
+
+
+class MissingPackageError(UsageError, ImportError):
+    """An optional package is needed and absent (exit 64)."""
+
+
+class DataError(OpensoraError, ValueError):
+    """A manifest, clip or cache that cannot be used (exit 65)."""
+
+    exit_code = 65
+
+
+class CheckpointError(OpensoraError, ValueError):
+    """A checkpoint that is torn, damaged or does not fit (exit 66)."""
+
+    exit_code = 66
+
+
+class NumericsError(OpensoraError, ArithmeticError):
+    """Training left the finite numbers and could not go on (exit 70)."""
+
+    exit_code = 70
+
+
+class StorageError(OpensoraError, OSError):
+    """The disk is full, read-only or failing (exit 74)."""
+
+    exit_code = 74
+
+
+class Preempted(OpensoraError):
+    """Stopped by a signal after saving; the same command resumes (exit 75)."""
+
+    exit_code = 75
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate nearest to `name` in spelling, or None when nothing is near."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """A phrase to append to an error: the nearest candidate, or the whole (short) list."""
+    candidates = sorted(candidates)
+    nearest = closest(name, candidates)
+    if nearest is not None:
+        return f" Did you mean '{nearest}'?"
+    return f" Known: {', '.join(candidates)}." if candidates else ""
+
+
+def require(package: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package by its dotted name, or say which extra brings it.
+
+    Raises:
+        MissingPackageError: naming the package, what it is for, and the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{purpose} needs the package '{package.partition('.')[0]}', which cannot be imported "
+            f"({error}). Install it with: pip install 'opensora[{extra}]'"
+        ) from error

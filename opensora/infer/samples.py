@@ -1,0 +1,162 @@
+"""Many prompts to a folder of files, with a record of how each was drawn.
+
+`samples.jsonl` has one line a video. A stopped call is completed by the same call; a folder that
+holds samples of other weights or settings is refused, because the two would be taken for one set.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.media.write import safe_name, write_video
+
+RECORD_NAME = "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to draw; `index` names its file."""
+
+    index: int
+    prompt: str
+    seed: int
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a text file, one a line, or from the column `text` of a CSV.
+
+    Empty lines are left out.
+
+    Raises:
+        UsageError: the file cannot be read, or has no prompts.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompts in {path} cannot be read: {error}") from None
+    if path.suffix.lower() == ".csv":
+        rows = csv.DictReader(text.splitlines())
+        columns = list(rows.fieldnames or [])
+        if "text" not in columns:
+            hint = did_you_mean("text", columns)
+            raise UsageError(f"{path} has no column 'text' with the prompts.{hint}")
+        lines = [row["text"] or "" for row in rows]
+    else:
+        lines = text.splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompts")
+    return prompts
+
+
+def jobs(prompts: Sequence[str], *, seed: int, per_prompt: int = 1) -> list[Job]:
+    """One job for each prompt and repetition; every sample has a seed of its own."""
+    return [
+        Job(index, prompt, seed + index)
+        for index, prompt in enumerate(p for p in prompts for _ in range(per_prompt))
+    ]
+
+
+def draw(
+    pipeline: VideoPipeline,
+    work: Sequence[Job],
+    folder: str | Path,
+    *,
+    sampling: SamplingConfig,
+    shape: Shape | None = None,
+    negative_prompt: str = "",
+    batch_size: int = 8,
+    suffix: str = ".mp4",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
+
+    Raises:
+        UsageError: the folder holds samples of other weights, settings or prompts.
+    """
+    folder, shape = Path(folder), shape or pipeline.shape
+    settings = {
+        "weights": pipeline.fingerprint,
+        "sampling": sampling.model_dump(mode="json"),
+        "shape": asdict(shape),
+        "negative_prompt": negative_prompt,
+    }
+    done = _finished(folder, settings, {job.index: job for job in work})
+    missing = [job for job in work if job.index not in done]
+    if progress:
+        progress(len(done), len(work))
+    for batch in _batches(missing, batch_size):
+        videos = pipeline(
+            [job.prompt for job in batch],
+            seeds=[job.seed for job in batch],
+            shape=shape,
+            sampling=sampling,
+            negative_prompt=negative_prompt,
+        )
+        for job, video in zip(batch, videos, strict=True):
+            file = safe_name(job.prompt, job.index) + suffix
+            frames = video.frames[:1] if suffix == ".png" else video.frames
+            write_video(folder / file, frames, fps=shape.fps)
+            record = {"file": file, **asdict(job), **settings}
+            with open(folder / RECORD_NAME, "a", encoding="utf-8") as log:
+                log.write(json.dumps(record, ensure_ascii=False) + "\n")
+            done[job.index] = record
+        if progress:
+            progress(len(done), len(work))
+    return [done[job.index] for job in work]
+
+
+def read_records(folder: str | Path) -> list[dict[str, Any]]:
+    """The records of a folder of samples, in the order of their index.
+
+    Raises:
+        DataError: the folder has none.
+    """
+    path = Path(folder) / RECORD_NAME
+    records = list(_lines(path))
+    if not records:
+        raise DataError(f"{folder} holds no samples: {RECORD_NAME} is missing or empty")
+    return sorted(records, key=lambda record: record["index"])
+
+
+def _finished(
+    folder: Path, settings: dict[str, Any], wanted: dict[int, Job]
+) -> dict[int, dict[str, Any]]:
+    done = {}
+    for record in _lines(folder / RECORD_NAME):
+        job = wanted.get(record["index"])
+        same = job is not None and record["prompt"] == job.prompt and record["seed"] == job.seed
+        differing = [key for key, value in settings.items() if record.get(key) != value]
+        if job is not None and (differing or not same):
+            what = ", ".join(differing) or "prompt or seed"
+            raise UsageError(
+                f"{folder} holds samples drawn differently ({what}): choose another folder, or "
+                "remove it"
+            )
+        if job is not None and (folder / record["file"]).is_file():
+            done[record["index"]] = record
+    return done
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Records; the last line may be torn by a crash, and its video is then drawn again."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _batches(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,1 @@
+"""Denoisers, one file each: `model(x, t, cond) -> prediction`, single-device code."""

@@ -1,0 +1,240 @@
+"""STDiT: a video transformer that attends within frames, then across frames, then to the text.
+
+The layout follows Open-Sora 1.2's STDiT3 (spatial and temporal blocks alternate, PixArt's shared
+adaLN, rotary time, normalised queries and keys) with one difference: every frame carries its own
+noise level, so given and generated frames are told apart by level alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from opensora.config import Config
+from opensora.ops.attention import attend
+from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, patchify, unpatchify
+from opensora.ops.positions import rotary_angles, rotate, sincos_2d
+from opensora.types import Condition
+
+
+class STDiTConfig(Config):
+    """Architecture of `STDiT`; the defaults are STDiT3-XL/2's."""
+
+    kind: Literal["stdit"] = "stdit"
+    width: int = Field(1152, ge=8, description="D, features of a token")
+    depth: int = Field(28, ge=1, description="pairs of a spatial and a temporal block")
+    num_heads: int = Field(16, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch: tuple[int, int, int] = Field((1, 2, 2), description="latent positions in a token")
+    base_size: int = Field(
+        32, ge=1, description="positions are scaled as if the picture were this many tokens wide"
+    )
+    text_channels: int = Field(4096, ge=1, description="D of the condition's tokens")
+    pooled_channels: int = Field(
+        0, ge=0, description="P of the condition's pooled text, added to the level; 0 ignores it"
+    )
+    condition_on_size: bool = Field(False, description="embed height and width as well as fps")
+
+    @model_validator(mode="after")
+    def _divides(self) -> STDiTConfig:
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"width {self.width} needs to be num_heads ({self.num_heads}) times an even number"
+            )
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be divisible by 4 for the 2-D positions")
+        if self.patch[0] != 1:
+            raise ValueError("patch must span one latent frame: noise levels are per frame")
+        return self
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence (N, L, D) to itself, queries and keys normalised per head."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # N L K d
+        q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return self.proj(attend(q, k, v).flatten(2))  # N L D
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens (B, L, D) to text tokens (B, S, D)."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))  # B L K d
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # B S K d
+        return self.proj(attend(q, k, v, mask=mask).flatten(2))  # B L D
+
+
+class STDiTBlock(nn.Module):
+    """Self-attention over one axis, cross-attention, MLP; shift, scale and gate from the level."""
+
+    def __init__(self, config: STDiTConfig, *, temporal: bool):
+        super().__init__()
+        width = config.width
+        self.temporal = temporal
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = SelfAttention(width, config.num_heads)
+        self.cross_attn = CrossAttention(width, config.num_heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, mask: Tensor, level: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x: (B, T, N, D) tokens of T frames; level: (B, T, 6, D) from the shared projection."""
+        modulation = (level + self.scale_shift_table).unsqueeze(3)  # B T 6 1 D
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # B T 1 D each
+        batch, frames, tokens, _ = x.shape
+        h = modulate(self.norm1(x), shift1, scale1)
+        if self.temporal:
+            h = self.attn(rearrange(h, "b t n d -> (b n) t d"), angles)
+            h = rearrange(h, "(b n) t d -> b t n d", b=batch)
+        else:
+            h = self.attn(rearrange(h, "b t n d -> (b t) n d"))
+            h = rearrange(h, "(b t) n d -> b t n d", t=frames)
+        x = torch.addcmul(x, gate1, h)
+        h = self.cross_attn(rearrange(x, "b t n d -> b (t n) d"), text, mask)
+        x = x + rearrange(h, "b (t n) d -> b t n d", n=tokens)
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection back to patches."""
+
+    def __init__(self, width: int, out_features: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_features)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """x: (B, T, N, D); level: (B, T, D)."""
+        shift, scale = (level[:, :, None] + self.scale_shift_table).unsqueeze(3).unbind(2)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class STDiT(nn.Module):
+    """The denoiser `model(x, t, cond) -> prediction`, same shape as x."""
+
+    def __init__(self, config: STDiTConfig, *, in_channels: int):
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        width = config.width
+        patch_features = in_channels * config.patch[0] * config.patch[1] * config.patch[2]
+        self.x_embedder = nn.Linear(patch_features, width)
+        self.t_embedder = ScalarEmbedder(width, scale=1000.0)
+        self.fps_embedder = ScalarEmbedder(width)
+        if config.condition_on_size:
+            self.size_embedder = ScalarEmbedder(width)
+        if config.pooled_channels:
+            self.pooled_embedder = Mlp(config.pooled_channels, width, width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = Mlp(config.text_channels, width, width)
+        self.spatial_blocks = nn.ModuleList(
+            STDiTBlock(config, temporal=False) for _ in range(config.depth)
+        )
+        self.temporal_blocks = nn.ModuleList(
+            STDiTBlock(config, temporal=True) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, patch_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier weights; the residual branches of temporal blocks and the output start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedder in (self.t_embedder, self.fps_embedder):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        nn.init.normal_(self.t_block[1].weight, std=0.02)
+        for block in (*self.spatial_blocks, *self.temporal_blocks):
+            nn.init.zeros_(block.cross_attn.proj.weight)
+        for block in self.temporal_blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The units that an engine shards, recomputes or compiles, in order of use."""
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        return [block for pair in pairs for block in pair]
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Predict from noisy latents.
+
+        Args:
+            x: float (B, C, T, H, W).
+            t: float (B, T) or (B,), noise levels in [0, 1]; 0 marks a frame as given.
+            cond: text tokens (B, S, text_channels) with their mask, pooled text, fps, size.
+
+        Returns:
+            float (B, C, T, H, W), in the meaning that the objective gave it.
+        """
+        batch, _, frames, height, width = x.shape
+        _, down, across = self.config.patch
+        grid = (height // down, width // across)
+        tokens = self.x_embedder(patchify(x, self.config.patch))  # B T N D
+        tokens = tokens + self._positions(grid, x.device).to(tokens.dtype)
+        if t.dim() == 1:
+            t = t[:, None]
+        level = self.t_embedder(t.expand(batch, frames))  # B T D
+        level = level + self._context(cond).unsqueeze(1)  # B T D
+        shared = self.t_block(level).unflatten(-1, (6, -1))  # B T 6 D
+        text = self.y_embedder(cond.tokens.to(tokens.dtype))  # B S D
+        angles = rotary_angles(
+            torch.arange(frames, device=x.device), self.config.width // self.config.num_heads
+        )
+        for block in self.blocks:
+            tokens = block(tokens, text, cond.mask, shared, angles)  # B T N D
+        return unpatchify(self.final_layer(tokens, level), self.config.patch, grid)  # B C T H W
+
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(N, D); a larger picture spreads the same positions, as in PixArt (Chen et al. 2023)."""
+        scale = self.config.base_size / (grid[0] * grid[1]) ** 0.5
+        rows = torch.arange(grid[0], device=device) * scale
+        columns = torch.arange(grid[1], device=device) * scale
+        return sincos_2d(rows, columns, self.config.width)
+
+    def _context(self, cond: Condition) -> Tensor:
+        """(B, D): what is said of the whole clip."""
+        fps = cond.fps if cond.fps is not None else cond.tokens.new_zeros(len(cond))
+        context = self.fps_embedder(fps)
+        if self.config.condition_on_size:
+            if cond.size is None:
+                raise ValueError("this model needs sizes, but cond.size is None")
+            context = context + self.size_embedder(cond.size).sum(dim=1)
+        if self.config.pooled_channels:
+            if cond.pooled is None:
+                raise ValueError(
+                    "this model needs pooled text, but cond.pooled is None"
+                )
+            context = context + self.pooled_embedder(cond.pooled.to(context.dtype))
+        return context

@@ -1,0 +1,1 @@
+"""Operators that everything above is built from: attention, positions, layers, convolution."""

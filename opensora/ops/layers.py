@@ -1,0 +1,60 @@
+"""Blocks that transformers share: embedders, MLP, adaptive modulation, patches."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opensora.ops.positions import sinusoid
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh form), Linear: (..., D) -> (..., D_out)."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int | None = None):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class ScalarEmbedder(nn.Module):
+    """Embeds scalars (noise levels, frame rates, sizes): sinusoid, Linear, SiLU, Linear.
+
+    Args:
+        dim: output width.
+        scale: the scalars are multiplied by this first, so that their useful range spans the
+            sinusoid's wavelengths (1000 for noise levels in [0, 1], as in DiT).
+    """
+
+    def __init__(self, dim: int, *, scale: float = 1.0, frequency_dim: int = 256):
+        super().__init__()
+        self.scale = scale
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        code = sinusoid(values.float() * self.scale, self.frequency_dim)
+        return self.mlp(code.to(self.mlp[0].weight.dtype))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part (Peebles & Xie 2023): x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Cut latents into patches: (B, C, T, H, W) -> (B, T/p, H/q * W/r, C * p * q * r)."""
+    p, q, r = patch
+    return rearrange(x, "b c (t p) (h q) (w r) -> b t (h w) (c p q r)", p=p, q=q, r=r)
+
+
+def unpatchify(x: Tensor, patch: tuple[int, int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`; `grid` is the number of patches down and across."""
+    p, q, r = patch
+    h, w = grid
+    return rearrange(x, "b t (h w) (c p q r) -> b c (t p) (h q) (w r)", h=h, w=w, p=p, q=q, r=r)

@@ -1,0 +1,1 @@
+"""One offline page from what runs left on disk: gathered, drawn and written without a browser."""

@@ -1,0 +1,204 @@
+"""The part of the page that judges: every estimate with its interval, next to what was aimed at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opensora.report import charts
+from opensora.report.findings import QUESTIONS, Estimate, Scores, Target
+from opensora.report.markup import Markup, element, join
+from opensora.report.scale import Axis, figure, fit_axis
+from opensora.report.words import plain, relative, title
+
+HEADLINES = ("colour", "direction", "count", "shape")
+ORDER = ("trained", "shuffled", "untrained", "vae")
+LOOKS = ("c0 circle", "c1 square", "c2 triangle", "c3 diamond", "c4 circle", "c5 square")
+
+
+def section(found: Sequence[Scores], root: Path) -> Markup | None:
+    """All score files, each as a table whose rows draw their interval."""
+    if not found:
+        return None
+    return join(_file(scores, root, single=len(found) == 1) for scores in found)
+
+
+def headlines(scores: Scores) -> list[tuple[str, Estimate, Target | None]]:
+    """The first group's answers to the main questions, for the top of the page."""
+    group = _ordered(scores.groups)[0]
+    metrics = scores.groups[group]
+    return [(n, metrics[n], scores.targets.get((group, n))) for n in HEADLINES if n in metrics]
+
+
+def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
+    groups = _ordered(scores.groups)
+    looks = {group: LOOKS[i % len(LOOKS)] for i, group in enumerate(groups)}
+    metrics = _metrics(scores)
+    main = [m for m in metrics if m in HEADLINES or any((g, m) in scores.targets for g in groups)]
+    main = main or metrics[:4]
+    rest = [metric for metric in metrics if metric not in main]
+    return element(
+        "article",
+        None if single else element("h3", relative(scores.path.parent, root)),
+        _verdict(scores),
+        _legend(groups, looks),
+        _table(scores, main, groups, looks),
+        element(
+            "details",
+            element("summary", f"{len(rest)} more measures"),
+            _table(scores, rest, groups, looks),
+            class_="more",
+        )
+        if rest
+        else None,
+        _facts(scores),
+    )
+
+
+def _ordered(groups: dict[str, dict[str, Estimate]]) -> list[str]:
+    """Known groups first; a nested group or variant stays behind the one it belongs to."""
+
+    def rank(item: tuple[int, str]) -> tuple[int, int]:
+        position, name = item
+        known = [i for i, first in enumerate(ORDER) if name == first]
+        return (known[0] if known else len(ORDER), position)
+
+    return [name for _, name in sorted(enumerate(groups), key=rank)]
+
+
+def _metrics(scores: Scores) -> list[str]:
+    """Every metric once: the questions in their order, then the others by name."""
+    names = {name for metrics in scores.groups.values() for name in metrics}
+    return [n for n in QUESTIONS if n in names] + sorted(names - set(QUESTIONS))
+
+
+def _table(
+    scores: Scores, metrics: Sequence[str], groups: Sequence[str], looks: dict[str, str]
+) -> Markup:
+    heads = ("", "", "", "mean", "95 % interval", "videos", "target")
+    head = element("tr", [element("th", name, scope="col") for name in heads])
+    bodies = []
+    for metric in metrics:
+        having = [group for group in groups if metric in scores.groups[group]]
+        axis = _axis([scores.groups[group][metric] for group in having])
+        rows = []
+        for group in having:
+            name = None
+            if group == having[0]:
+                name = _metric_cell(metric, axis, len(having))
+            target = scores.targets.get((group, metric))
+            estimate = scores.groups[group][metric]
+            rows.append(_row(name, group, estimate, target, axis, looks[group]))
+        bodies.append(element("tbody", rows))
+    return element(
+        "div",
+        element("table", element("thead", head), bodies, class_="scores"),
+        class_="scroll",
+    )
+
+
+def _metric_cell(metric: str, axis: Axis, span: int) -> Markup:
+    ends = None
+    if (axis.low, axis.high) != (0.0, 1.0):
+        ends = element("small", f"{figure(axis.low)} to {figure(axis.high)}")
+    return element("th", title(metric), ends, scope="rowgroup", rowspan=span, class_="metric")
+
+
+def _row(
+    metric: Markup | None,
+    group: str,
+    estimate: Estimate,
+    target: Target | None,
+    axis: Axis,
+    look: str,
+) -> Markup:
+    low = estimate.mean if estimate.low is None else estimate.low
+    high = estimate.mean if estimate.high is None else estimate.high
+    known = estimate.low is not None and estimate.high is not None
+    aim = None
+    if target is not None:
+        aim = target.at_least if target.at_least is not None else target.at_most
+    return element(
+        "tr",
+        metric,
+        element("th", plain(group), scope="row", class_="group"),
+        element(
+            "td",
+            charts.interval(estimate.mean, low, high, axis, look=look, target=aim),
+            class_="drawn",
+        ),
+        element("td", element("b", _value(estimate.mean)), class_="number"),
+        element("td", f"{_value(low)} – {_value(high)}" if known else "–", class_="number quiet"),
+        element("td", "–" if estimate.n is None else f"{estimate.n:,}", class_="number quiet"),
+        element("td", _target(estimate, target), class_="number"),
+    )
+
+
+def _axis(estimates: Sequence[Estimate]) -> Axis:
+    """From 0 to 1 for shares; otherwise whatever holds all the intervals."""
+    values = np.array(
+        [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None], np.float64
+    )
+    if values.min() >= 0 and values.max() <= 1:
+        return Axis(0.0, 1.0, ())
+    return fit_axis(values)
+
+
+def _target(estimate: Estimate, target: Target | None) -> Markup | None:
+    if target is None:
+        return None
+    bounds = []
+    if target.at_least is not None:
+        bounds.append(f"≥ {figure(target.at_least)}")
+    if target.at_most is not None:
+        bounds.append(f"≤ {figure(target.at_most)}")
+    met = target.met(estimate.mean)
+    mark = element("span", "✓ pass" if met else "✗ fail", class_=f"badge {'good' if met else 'bad'}")
+    return join(element("span", ", ".join(bounds), class_="quiet"), " ", mark)
+
+
+def _verdict(scores: Scores) -> Markup | None:
+    """One sentence: how many targets are met, and which are not."""
+    judged = [
+        (group, metric, target.met(scores.groups[group][metric].mean))
+        for (group, metric), target in scores.targets.items()
+        if metric in scores.groups.get(group, {})
+    ]
+    unmeasured = len(scores.targets) - len(judged)
+    if not scores.targets:
+        return None
+    missed = [f"{plain(group)} {plain(metric)}" for group, metric, met in judged if not met]
+    words = f"{len(judged) - len(missed)} of {len(scores.targets)} targets are met"
+    words += f"; missed: {', '.join(missed)}" if missed else ""
+    words += f"; {unmeasured} not measured" if unmeasured else ""
+    return element("p", words + ".", class_="lead")
+
+
+def _legend(groups: Sequence[str], looks: dict[str, str]) -> Markup:
+    entries = [
+        element(
+            "span",
+            element(
+                "svg", charts.marker(looks[group]), viewBox="-8 -8 16 16", width=16, height=16,
+                class_=looks[group], aria_hidden="true",
+            ),
+            plain(group),
+        )
+        for group in groups
+    ]  # fmt: skip
+    return element("p", entries, class_="legend")
+
+
+def _facts(scores: Scores) -> Markup | None:
+    simple = {k: v for k, v in scores.facts.items() if isinstance(v, str | int | float)}
+    if not simple:
+        return None
+    words = ", ".join(f"{plain(name)} {value}" for name, value in simple.items())
+    return element("p", f"Also recorded: {words}.", class_="note")
+
+
+def _value(value: float) -> str:
+    """Shares with three decimals, so that columns line up; others with three digits."""
+    return f"{value:.3f}" if 0 <= value <= 1 else figure(value)

@@ -1,0 +1,255 @@
+"""Where this process runs, and randomness that is addressed instead of drawn.
+
+Ranks, device and process group come from the launcher's environment. Every random number is a
+function of (run seed, purpose, sample id, step ...), so a batch is the same on 1 or 64 ranks and
+before or after a resume. Nothing here knows models or data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from opensora.errors import UsageError
+
+log = logging.getLogger("opensora")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place: `rank` of `world_size` ranks, on `device`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, values: Tensor, op: str = "sum") -> Tensor:
+        """`values` reduced over the ranks with 'sum' or 'max'; unchanged on one rank.
+
+        Args:
+            values: any shape; moved through the device and returned where it was.
+        """
+        if self.world_size == 1:
+            return values
+        operation = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+        moved = values.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(moved, operation[op])
+        return moved.to(values.device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's small picklable value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the process group; safe to call twice."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device that `name` means; 'auto' takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: when the named device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"device '{name}' is not usable here ({reason}). Use auto or cpu."
+        ) from None
+    return device
+
+
+def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
+    """Join the process group that torchrun announced, or stand alone without one.
+
+    Uses NCCL on CUDA and gloo elsewhere. On the CPU the ranks of one machine share its cores
+    unless OMP_NUM_THREADS says otherwise (torchrun sets it to 1), because oversubscribed threads
+    cost 10x.
+
+    Raises:
+        UsageError: the device is not there, or the launcher's variables are not numbers.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        _announced("RANK", 0),
+        _announced("WORLD_SIZE", 1),
+        _announced("LOCAL_RANK", 0),
+        _announced("LOCAL_WORLD_SIZE", 1),
+    )
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+    elif local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    if world_size > 1 and not torch.distributed.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        torch.distributed.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=_meeting_place(rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    return Runtime(rank, world_size, local_rank, chosen)
+
+
+def _announced(name: str, default: int) -> int:
+    """A number that the launcher puts into the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"the environment's {name} is '{text}'; it must be a number") from None
+
+
+def _meeting_place(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
+    """The store where ranks find each other, kept apart from earlier attempts of the same job.
+
+    After a restart by torchrun the agent's store still holds the dead ranks' addresses, and gloo
+    ranks that read them fail to connect (seen in torch 2.13); a prefix per attempt hides them.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = _announced("MASTER_PORT", 29500)
+    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    store = torch.distributed.TCPStore(
+        host, port, world_size, is_master=rank == 0 and not agent_listens, timeout=timeout
+    )
+    attempt = _announced("TORCHELASTIC_RESTART_COUNT", 0)
+    return torch.distributed.PrefixStore(f"opensora/attempt-{attempt}", store)
+
+
+def address(seed: int, purpose: str, *numbers: int) -> int:
+    """A 63-bit seed that depends on every part of the address and on nothing else.
+
+    BLAKE2b over the packed parts: stable across processes, platforms and Python versions, and
+    without the correlations of arithmetic on seeds.
+    """
+    digest = hashlib.blake2b(purpose.encode(), digest_size=8)
+    digest.update(struct.pack(f"<{1 + len(numbers)}q", seed, *numbers))
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator for one address. The CPU's stream is the same on every machine.
+
+    The generator keeps the low 32 bits of its seed only (torch's mt19937), so one in four billion
+    pairs of addresses shares a stream; what must not collide is hashed with `address` itself or
+    with `fractions`.
+    """
+    return torch.Generator().manual_seed(address(seed, purpose, *numbers))
+
+
+def noise(
+    shape: Sequence[int], sample_ids: Sequence[int] | Tensor, seed: int, purpose: str, step: int = 0
+) -> Tensor:
+    """Standard normal noise, one addressed stream a sample.
+
+    Args:
+        shape: of one sample, without B.
+        sample_ids: B ids; a sample's noise depends on its own id only, never on its neighbours.
+
+    Returns:
+        float32 (B, *shape) on the CPU.
+    """
+    rows = [
+        torch.randn(tuple(shape), generator=generator(seed, purpose, int(i), step))
+        for i in sample_ids
+    ]
+    return torch.stack(rows)
+
+
+def uniform(
+    sample_ids: Sequence[int] | Tensor, seed: int, purpose: str, step: int = 0, *, count: int = 1
+) -> Tensor:
+    """Uniform numbers in [0, 1), `count` for each sample id: float32 (B, count) on the CPU."""
+    rows = [torch.rand(count, generator=generator(seed, purpose, int(i), step)) for i in sample_ids]
+    return torch.stack(rows)
+
+
+def fractions(ids: np.ndarray, seed: int, purpose: str, *numbers: int) -> np.ndarray:
+    """One addressed number in [0, 1) for each id, for millions of ids at once.
+
+    SplitMix64 (Steele, Lea, Flood 2014) of the id from an addressed starting point: a bijection of
+    64-bit integers, so distinct ids get distinct hashes, of which the top 53 bits are kept.
+
+    Args:
+        ids: integers, any shape.
+
+    Returns:
+        float64 of the same shape.
+    """
+    key = np.uint64(address(seed, purpose, *numbers))
+    state = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> float:
+    """FLOP/s of square matrix products here and now: the best of a few short trials.
+
+    Args:
+        side: of the matrices; by default large enough to fill the device.
+    """
+    side = side or (8192 if device.type == "cuda" else 1024)
+    left = torch.randn(side, side, device=device).to(dtype)
+    right = torch.randn(side, side, device=device).to(dtype)
+    best = 0.0
+    for _ in range(6):
+        began = time.perf_counter()
+        product = left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+        del product
+    return best
+
+
+def processor_name() -> str:
+    """The processor's marketing name, or its architecture where none is told."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Training: the loop (time), the tasks (what a step computes), optimizers, tracking."""

@@ -1,0 +1,110 @@
+"""A training run as data: one frozen tree that says everything about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from opensora import config as configs
+from opensora.config import Config
+from opensora.data.sources import DataConfig
+from opensora.engine.ema import EMAConfig, PowerEMAConfig
+from opensora.engine.local import LocalConfig
+from opensora.errors import UsageError
+from opensora.train.autoencoder import AutoencoderConfig
+from opensora.train.guard import GuardConfig
+from opensora.train.optim import MuonConfig, OptimConfig
+from opensora.train.text_to_video import TextToVideoConfig
+from opensora.train.tracking import LogConfig
+
+TaskConfig = Annotated[AutoencoderConfig | TextToVideoConfig, Field(discriminator="kind")]
+
+FREE_TO_CHANGE = ("output", "device", "log", "checkpoint", "samples", "validation", "threads")
+"""Keys that may differ between the runs before and after a resume: none moves a weight."""
+
+
+class CheckpointConfig(Config):
+    """When to save. The end of a run is always saved."""
+
+    every: int = Field(500, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+
+
+class ValidationConfig(Config):
+    """When to measure the validation set."""
+
+    every: int = Field(500, ge=0, description="steps between passes; 0 measures at the end only")
+
+
+class SamplesConfig(Config):
+    """Sample videos during training."""
+
+    every: int = Field(0, ge=0, description="steps between samples; 0 makes none")
+    prompts: tuple[str, ...] = ()
+    steps: int = Field(20, ge=1, description="sampling steps")
+    guidance_scale: float = Field(3.0, ge=0)
+
+    @model_validator(mode="after")
+    def _needs_prompts(self) -> SamplesConfig:
+        if self.every and not self.prompts:
+            raise ValueError("samples.every is set, but there are no samples.prompts to draw")
+        return self
+
+
+class TrainConfig(Config):
+    """Everything about a run; written beside its weights."""
+
+    output: Path = Field(description="run folder: checkpoints, metrics, samples")
+    seed: int = Field(0, ge=0, description="of all randomness in the run")
+    steps: int = Field(ge=1, description="optimizer steps")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    threads: int | None = Field(None, ge=1, description="CPU threads a rank; None: all cores")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the model's arithmetic; auto takes bf16 where it is faster"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples at a time on a rank; gradients accumulate over the rest"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    task: TaskConfig
+    data: DataConfig
+    optim: OptimConfig = MuonConfig()
+    ema: EMAConfig | None = PowerEMAConfig()
+    engine: LocalConfig = LocalConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    log: LogConfig = LogConfig()
+
+    def json_text(self) -> str:
+        """The resolved config as it is written into checkpoints."""
+        return configs.to_json(self)
+
+    def check_resumable(self, saved: str, where: str) -> None:
+        """Refuse to go on from a checkpoint whose config would not have led here.
+
+        Raises:
+            UsageError: naming the first keys that differ.
+        """
+        mine, theirs = json.loads(self.json_text()), json.loads(saved)
+        for key in FREE_TO_CHANGE:
+            mine.pop(key, None)
+            theirs.pop(key, None)
+        changed = list(_differences(mine, theirs, ""))
+        if changed:
+            raise UsageError(
+                f"{where} was written by another config: {'; '.join(changed[:4])}. Use a new "
+                "output= for the changed run, or restore the old values to resume"
+            )
+
+
+def _differences(mine: object, theirs: object, path: str):
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted({*mine, *theirs}):
+            yield from _differences(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+    elif mine != theirs:
+        yield f"{path} is {mine!r}, was {theirs!r}"

@@ -1,0 +1,58 @@
+"""What one step computes: the contract between the trainer, which owns time, and a task.
+
+A task is a module whose children are trained and whose forward is the loss of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a micro-batch, as sums, so that ranks and micro-batches simply add.
+
+    Attributes:
+        total: scalar to differentiate: the sum of the loss over the units that count.
+        count: scalar, how many units that is.
+        per_sample: (B,) detached mean loss of each sample, to name offenders.
+        metrics: name -> (sum, count), detached scalars.
+    """
+
+    total: Tensor
+    count: Tensor
+    per_sample: Tensor
+    metrics: Sums = field(default_factory=dict)
+
+
+class Task(nn.Module, ABC):
+    """A trainable whole: what it holds as child modules is optimised, averaged and saved."""
+
+    @abstractmethod
+    def forward(self, batch: Any, step: int) -> StepLoss:
+        """The loss of a micro-batch at a step (0-based); randomness is addressed by sample id."""
+
+    @abstractmethod
+    def validation(self, batch: Any) -> Sums:
+        """Metrics of a validation batch with fixed noise, as name -> (sum, count)."""
+
+    @abstractmethod
+    def tokens(self, batch: Any) -> int:
+        """How many tokens the model sees for a batch, for throughput."""
+
+    @abstractmethod
+    def shape(self, batch: Any) -> dict[str, Any]:
+        """Pixel num_frames, height, width and fps of a batch's clips."""
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Weights that are needed to use the result but are not trained; saved beside it."""
+        return {}
+
+    def finish(self, batches: Any) -> None:
+        """Called once after the last step with validation batches, before the final save."""

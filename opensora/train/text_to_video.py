@@ -1,0 +1,184 @@
+"""The task of a latent video generator: predict at addressed noise levels, frame by frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from opensora import runtime, zoo
+from opensora.diffusion import masks, objective, timesteps
+from opensora.diffusion.masks import MaskConfig
+from opensora.engine import checkpoint
+from opensora.engine.local import load_weights
+from opensora.errors import CheckpointError, UsageError
+from opensora.train.tasks import StepLoss, Sums, Task
+from opensora.types import Condition, LatentBatch, VideoBatch
+from opensora.vae.causal import CausalVAE
+from opensora.zoo import GeneratorConfig
+
+VALIDATION_LEVELS = 10
+
+
+class TextToVideoConfig(GeneratorConfig):
+    """Train a denoiser, and a text encoder that is made for it, on clips or cached latents."""
+
+    kind: Literal["text_to_video"] = "text_to_video"
+    vae_from: Path | None = Field(None, description="checkpoint or run of the VAE's training")
+    masks: MaskConfig = Field(MaskConfig(), description="frames given clean, by task")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions left out")
+
+
+def load_vae(path: str | Path) -> CausalVAE:
+    """The VAE of a checkpoint: of its own training, or the frozen part of a generator's.
+
+    Raises:
+        CheckpointError: when the checkpoint has no VAE.
+    """
+    folder = checkpoint.find(path)
+    tree = checkpoint.read_config(folder)["task"]
+    if tree.get("vae") is None:
+        raise CheckpointError(f"{folder} has no VAE: its task is '{tree.get('kind')}'")
+    vae = zoo.build_vae(zoo.VAEConfig.model_validate(tree["vae"]))
+    if tree["kind"] == "autoencoder":
+        snapshot = checkpoint.load(folder, parts=("weights", "ema"))
+        weights = checkpoint.prefixed(checkpoint.inference_weights(snapshot), "vae")
+    else:
+        weights = checkpoint.prefixed(checkpoint.load(folder, parts=("frozen",)).frozen, "vae")
+    load_weights(vae, weights)
+    return vae.eval().requires_grad_(False)
+
+
+def resolve(config: TextToVideoConfig) -> TextToVideoConfig:
+    """The config with the VAE's architecture written in.
+
+    Raises:
+        UsageError: neither `vae` nor `vae_from` is given.
+    """
+    if config.vae_from is None:
+        raise UsageError("task.vae_from is not set: name the run or checkpoint of a trained VAE")
+    tree = checkpoint.read_config(checkpoint.find(config.vae_from))["task"]
+    vae = zoo.VAEConfig.model_validate(tree["vae"])
+    return config.model_copy(update={"vae": vae})
+
+
+class TextToVideo(Task):
+    """Holds the denoiser as `model` and, where it is trained along, the text encoder as `text`."""
+
+    def __init__(self, config: TextToVideoConfig, *, vae: CausalVAE, text: nn.Module, seed: int):
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.model = zoo.build_denoiser(config.model, vae=vae, text=text)
+        self.process = objective.build(config.objective)
+        # Frozen parts stay out of the module tree: they are neither optimised nor averaged.
+        self._frozen: dict[str, Any] = {"vae": vae}
+        if text.trainable:
+            self.text = text
+        else:
+            self._frozen["text"] = text
+
+    @property
+    def vae(self) -> CausalVAE:
+        return self._frozen["vae"]
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        return self._frozen.get("text", None) or self.text
+
+    def latent_identity(self) -> dict[str, Any]:
+        """What a cache of latents for this task carries as its encoder's identity."""
+        return {"vae": checkpoint.identity(self.vae.state_dict())}
+
+    def frozen(self) -> dict[str, Tensor]:
+        return {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
+
+    def tokens(self, batch: LatentBatch | VideoBatch) -> int:
+        shape = self._latent_shape(batch)
+        return len(batch) * shape[1] * self._tokens_per_frame(shape)
+
+    def shape(self, batch: LatentBatch | VideoBatch) -> dict[str, Any]:
+        _, frames, height, width = self._latent_shape(batch)
+        time, down, across = self.vae.stride
+        return {
+            "num_frames": 1 + (frames - 1) * time,
+            "height": height * down,
+            "width": width * across,
+            "fps": float(batch.fps[0]),
+        }
+
+    def forward(self, batch: LatentBatch | VideoBatch, step: int) -> StepLoss:
+        latents = self.latents(batch)  # B C T H W
+        frames, ids = latents.shape[2], batch.sample_ids
+        draw = lambda purpose, count=1: runtime.uniform(  # noqa: E731
+            ids, self.seed, purpose, step, count=count
+        )
+        given = masks.draw(draw("mask", masks.num_uniforms(frames)), frames, self.config.masks)
+        levels = timesteps.draw(
+            draw("level", timesteps.num_uniforms(self.config.timesteps, frames)),
+            self.config.timesteps,
+            num_frames=frames,
+            tokens_per_frame=self._tokens_per_frame(tuple(latents.shape[1:])),
+        ).masked_fill(given, 0.0)
+        noise = runtime.noise(latents.shape[1:], ids, self.seed, "noise", step)
+        dropped = draw("caption")[:, 0] < self.config.caption_dropout
+        cond = self.condition(batch, dropped.tolist())
+        device = latents.device
+        loss = self._loss(latents, noise.to(device), levels.to(device), cond)  # B T
+        counts = (~given).to(device, loss.dtype)
+        per_sample = (loss * counts).sum(1) / counts.sum(1).clamp(min=1)
+        total = (loss * counts).sum()
+        metrics = {"loss": (total.detach(), counts.sum())}
+        return StepLoss(total, counts.sum(), per_sample.detach(), metrics)
+
+    def _loss(self, latents: Tensor, noise: Tensor, levels: Tensor, cond: Condition) -> Tensor:
+        noisy = self.process.corrupt(latents, noise, levels)
+        prediction = self.model(noisy, levels, cond)
+        return self.process.loss_per_frame(prediction, latents, noise, levels)
+
+    @torch.no_grad()
+    def validation(self, batch: LatentBatch | VideoBatch) -> Sums:
+        """The loss at equidistant levels on fixed noise, overall and by level."""
+        latents = self.latents(batch)
+        cond = self.condition(batch, [False] * len(batch))
+        noise = runtime.noise(latents.shape[1:], batch.sample_ids, self.seed, "validation")
+        sums: Sums = {}
+        for k in range(VALIDATION_LEVELS):
+            level = (k + 0.5) / VALIDATION_LEVELS
+            levels = torch.full((len(batch), latents.shape[2]), level, device=latents.device)
+            loss = self._loss(latents, noise.to(latents.device), levels, cond)
+            pair = (loss.sum(), loss.new_tensor(float(loss.numel())))
+            sums[f"loss/level_{level:.2f}"] = pair
+            before = sums.get("loss", (loss.new_zeros(()), loss.new_zeros(())))
+            sums["loss"] = (before[0] + pair[0], before[1] + pair[1])
+        return sums
+
+    @torch.no_grad()
+    def latents(self, batch: LatentBatch | VideoBatch) -> Tensor:
+        """Normalised latents of a batch on the model's device."""
+        device = self.model.x_embedder.weight.device
+        if isinstance(batch, LatentBatch):
+            return batch.latents.to(device)
+        return self.vae.encode(batch.pixels.to(device))
+
+    def condition(self, batch: LatentBatch | VideoBatch, dropped: list[bool]) -> Condition:
+        """Text features and clip facts, with some captions replaced by the null text."""
+        device = self.model.x_embedder.weight.device
+        texts = [None if gone else text for text, gone in zip(batch.texts, dropped, strict=True)]
+        cond: Condition = self.text_encoder.encode(texts)
+        shape = self.shape(batch)
+        size = torch.tensor([[shape["height"], shape["width"]]]).expand(len(batch), 2)
+        fps, size = batch.fps.to(device), size.to(device, torch.float32)
+        return Condition(cond.tokens, cond.mask, cond.pooled, fps=fps, size=size).to(device)
+
+    def _latent_shape(self, batch: LatentBatch | VideoBatch) -> tuple[int, int, int, int]:
+        if isinstance(batch, LatentBatch):
+            c, t, h, w = batch.latents.shape[1:]
+            return c, t, h, w
+        return self.vae.latent_shape(*batch.pixels.shape[2:])
+
+    def _tokens_per_frame(self, latent_shape: tuple[int, ...]) -> int:
+        _, down, across = self.config.model.patch
+        return (latent_shape[2] // down) * (latent_shape[3] // across)

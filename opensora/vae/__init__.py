@@ -1,0 +1,1 @@
+"""Video autoencoders: pixels to normalised latents and back."""
