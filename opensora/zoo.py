@@ -31,10 +31,12 @@ class GeneratorConfig(Config):
 
     model: DenoiserConfig = STDiTConfig()
     text: TextConfig = Field(default=WordsConfig(), description="text encoder")
-    vae: VAEConfig | None = Field(None, description="latent space; None takes the one of vae_from")
-    objective: ObjectiveConfig = Field(FlowConfig(), description="what the model predicts")
+    vae: VAEConfig | None = Field(
+        default=None, description="latent space; None takes the one of vae_from"
+    )
+    objective: ObjectiveConfig = Field(default=FlowConfig(), description="what the model predicts")
     timesteps: TimestepConfig = Field(
-        LogitNormalConfig(), description="training levels; sampling uses the same shift"
+        default=LogitNormalConfig(), description="training levels; sampling uses the same shift"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from opensora.arena import segment
 from opensora.arena.reading import COLOUR_NAMES, Reading, Track
-from opensora.arena.segment import NOTHING, Patches, Pixels
+from opensora.arena.segment import NOTHING, Patches
 from opensora.arena.silhouette import overlaps
 from opensora.errors import DataError
 
@@ -74,9 +74,9 @@ def read(frames: np.ndarray) -> Reading:
     labels = segment.opened(pixels.colour)
     patches = segment.patches(labels, min_area=MIN_AREA * unit * unit)
     bars, is_bar = _bars(patches, num_frames, height)
-    finds, good = _examine(pixels, patches, ~is_bar, bars, unit)
+    finds, good = _examine(frames, patches, ~is_bar, bars, unit)
     known = np.append(good | is_bar, False)[patches.labels]  # the last entry is NOTHING's
-    strangers = _strangers(pixels, known, unit)
+    strangers = _strangers(pixels.contrast, known, unit)
     finds = _merged(finds, bars)
     return Reading(
         height=height,
@@ -98,12 +98,12 @@ def _bars(patches: Patches, num_frames: int, height: int) -> tuple[np.ndarray, n
 
 
 def _examine(
-    pixels: Pixels, patches: Patches, candidate: np.ndarray, bars: np.ndarray, unit: float
+    frames: np.ndarray, patches: Patches, candidate: np.ndarray, bars: np.ndarray, unit: float
 ) -> tuple[_Finds, np.ndarray]:
     """Measure the candidate patches; the finds among them, and which patches (P,) they are."""
     rows = np.flatnonzero(candidate & (patches.colour < len(COLOUR_NAMES)))
     good = np.zeros(len(candidate), bool)
-    amount, solid, corner = _windows(pixels, patches, rows, unit)
+    amount, solid, corner = _windows(frames, patches, rows, unit)
     area = amount.sum((1, 2))
     lines = np.arange(amount.shape[1]) + 0.5
     columns = np.arange(amount.shape[2]) + 0.5
@@ -131,13 +131,13 @@ def _examine(
 
 
 def _windows(
-    pixels: Pixels, patches: Patches, rows: np.ndarray, unit: float
+    frames: np.ndarray, patches: Patches, rows: np.ndarray, unit: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Around each patch: how much of its colour each pixel holds (P, h, w), which pixels are the
     patch itself, and the y, x of the window's corner.
 
     Amounts run from 0 at a tenth to 1 at nine tenths of the colour, so that noise on the ground
-    adds no area; the half-way line stays in place.
+    adds no area; the half-way line stays in place. Pixels nearer to another patch hold none.
     """
     skirt = max(1, round(_SKIRT * unit))
     box = patches.box[rows]
@@ -150,16 +150,19 @@ def _windows(
     where = (patches.frame[rows, None, None], y.clip(0, height - 1), x.clip(0, width - 1))
     label = patches.labels[where]
     solid = inside & (label == rows[:, None, None])
-    mine = segment.grown(solid, skirt) & inside & (solid | (label == NOTHING))
-    mine &= pixels.nearest[where] == patches.colour[rows, None, None]
-    amount = np.clip((pixels.amount[where] - 0.1) / 0.8, 0, 1)
-    return np.where(mine, amount, 0), solid, corner
+    mine, others = solid, inside & (label != NOTHING) & ~solid
+    for _ in range(skirt):
+        wider, against = segment.grown(mine), segment.grown(others)
+        mine, others = mine | (wider & ~against), others | (against & ~mine)
+    amount = segment.share(frames[where], patches.colour[rows])
+    amount = np.clip((amount - 0.1) / 0.8, 0, 1)
+    return np.where(mine & inside, amount, 0), solid, corner
 
 
-def _strangers(pixels: Pixels, known: np.ndarray, unit: float) -> np.ndarray:
+def _strangers(contrast: np.ndarray, known: np.ndarray, unit: float) -> np.ndarray:
     """How many things in each frame stand out from the ground and are no known object: (F,)."""
     around = segment.grown(known, max(1, round(_SKIRT * unit)))
-    visible = (pixels.contrast >= _CONTRAST) & ~around
+    visible = (contrast >= _CONTRAST) & ~around
     labels = segment.opened(np.where(visible, 0, NOTHING).astype(np.int8))
     found = segment.patches(labels, min_area=MIN_AREA * unit * unit)
     return np.bincount(found.frame, minlength=len(known))

@@ -33,8 +33,7 @@ def lanes(dice: Dice, cast: Cast, picture: Picture) -> tuple[Cast, list[Body], n
     cast = shrunk(replace(cast, clauses=clauses), radii)
     bodies, starts = [], np.empty((len(clauses), 2))
     for number, drive in enumerate(drives(dice, cast, picture)):
-        keep = np.eye(2)[axis]
-        drive = replace(drive, velocity=drive.velocity * keep)
+        drive = replace(drive, velocity=_turned(drive, axis))
         body = Body(unit_reach[number] * radii[number], drive)
         low, high = body.room(picture.size, MARGIN * picture.unit)
         starts[number] = _lane_start(dice, drive, low, high, picture)
@@ -59,6 +58,14 @@ def _along(motion: Motion, axis: int, leader: Motion) -> Motion:
     return leader if motion in crossing else motion
 
 
+def _turned(drive: Drive, axis: int) -> np.ndarray:
+    """The velocity along the lanes; what bounces keeps its speed, the rest loses its drift."""
+    along = drive.velocity * np.eye(2)[axis]
+    if not drive.reflects:
+        return along
+    return np.sign(along) * np.linalg.norm(drive.velocity)
+
+
 def _lane_start(
     dice: Dice, drive: Drive, low: np.ndarray, high: np.ndarray, picture: Picture
 ) -> np.ndarray:
@@ -66,7 +73,6 @@ def _lane_start(
     moved = travel(drive, picture.times)
     if not drive.reflects:
         return dice.points(low - moved.min(0), high - moved.max(0), 1)[0]
-    near = np.minimum(0.9 * np.abs(moved[-1]), high - low)
-    forward = moved[-1] > 0
-    first, last = np.where(forward, high - near, low), np.where(forward, high, low + near)
-    return dice.points(first, last, 1)[0]
+    # The wall is met after a quarter to three quarters of the way.
+    way = np.minimum(np.abs(moved[-1]) * dice.uniform(0.25, 0.75), high - low)
+    return np.where(moved[-1] > 0, high - way, low + way)

@@ -22,6 +22,9 @@ MARGIN = 1.0
 GAP = 2.0
 """Pixels (at 64) that stay free between the boxes around two shapes."""
 
+TURN = 3.0
+"""Pixels (at 64) that a bouncing object visibly goes towards and away from a wall."""
+
 _CANDIDATES = 48
 _ROUNDS = 6
 
@@ -83,7 +86,7 @@ def scatter(
             low, high = body.room(size, MARGIN * unit)
             found = _start(dice, body, (low, high), times)
             tracks = trace(body.drive, found, times, low, high)  # (K, F, 2)
-            fits = np.array([_touches(body, s, times, low, high) for s in found])
+            fits = np.array([_touches(body, s, times, low, high, TURN * unit) for s in found])
             for other, path in zip(bodies, paths, strict=False):
                 fits &= _apart(tracks, body.reach, path, other.reach, GAP * unit)
             if not fits.any():
@@ -108,12 +111,22 @@ def _start(
 
 
 def _touches(
-    body: Body, start: np.ndarray, times: np.ndarray, low: np.ndarray, high: np.ndarray
+    body: Body,
+    start: np.ndarray,
+    times: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    turn: float,
 ) -> bool:
-    """True unless the body is meant to bounce and would not meet a wall in the clip."""
-    if not body.drive.reflects or times[-1] == 0:
+    """True unless the body is meant to bounce and shows no turn at a wall in the clip."""
+    duration = float(times[-1])
+    if not body.drive.reflects or duration == 0:
         return True
-    return bool(wall_contacts(body.drive, start, float(times[-1]), low, high))
+    speed = np.abs(body.drive.velocity)
+    return any(
+        min(time, duration - time) * speed[0 if wall in ("left", "right") else 1] >= turn
+        for time, wall in wall_contacts(body.drive, start, duration, low, high)
+    )
 
 
 def _apart(

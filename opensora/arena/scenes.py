@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby, product
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -42,6 +42,7 @@ Kind = Literal[
 Split = Literal["train", "heldout", "fast"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
+Side = Annotated[int, Field(ge=32, le=2048, multiple_of=2)]  # even, as h264 needs
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -66,37 +67,37 @@ class SceneConfig(Config):
     with min(height, width)."""
 
     kind: Literal["scenes"] = "scenes"
-    height: int = Field(
-        64, ge=32, le=2048, multiple_of=2, description="pixels; even, as h264 needs"
-    )
-    width: int = Field(64, ge=32, le=2048, multiple_of=2, description="pixels; even, as h264 needs")
-    frames: int = Field(17, ge=1, le=2048, description="frames a clip")
-    fps: float = Field(8.0, gt=0, le=240, description="frames a second")
+    height: Side = 64
+    width: Side = 64
+    frames: int = Field(default=17, ge=1, le=2048, description="frames a clip")
+    fps: float = Field(default=8.0, gt=0, le=240, description="frames a second")
     num_objects: dict[Annotated[int, Field(ge=1, le=3)], Weight] = Field(
-        {1: 0.6, 2: 0.3, 3: 0.1}, description="weight of each number of objects"
+        default={1: 0.6, 2: 0.3, 3: 0.1}, description="weight of each number of objects"
     )
     motions: dict[Kind, Weight] = Field(
-        {"left": 1, "right": 1, "up": 1, "down": 1}, description="weight of each kind of motion"
+        default={"left": 1, "right": 1, "up": 1, "down": 1}, description="weight of each kind"
     )
     cameras: dict[Camera, Weight] = Field(
-        {"fixed": 1}, description="weight of each camera; a moving one sees still objects"
+        default={"fixed": 1}, description="weights; a moving camera sees still objects"
     )
-    colours: tuple[Colour, ...] = Field(get_args(Colour), min_length=1)
-    shapes: tuple[Shape, ...] = Field(SHAPES, min_length=1)
+    colours: tuple[Colour, ...] = Field(default=get_args(Colour), min_length=1)
+    shapes: tuple[Shape, ...] = Field(default=SHAPES, min_length=1)
     held_out: tuple[tuple[Colour, Shape], ...] = Field(
-        HELD_OUT, description="colour-shape pairs that only the split `heldout` shows"
+        default=HELD_OUT, description="pairs that only the split `heldout` shows"
     )
-    radius: tuple[Positive, Positive] = Field(RADIUS, description="px, of the circle of equal area")
+    radius: tuple[Positive, Positive] = Field(
+        default=RADIUS, description="px, circle of equal area"
+    )
     speed: tuple[Positive, Positive] = Field(
-        SPEED, description="px/s of straight motion and camera pans"
+        default=SPEED, description="px/s of straight motion and camera pans"
     )
     fast_speed: tuple[Positive, Positive] = Field(
-        (15.5, 18.5), description="px/s in the split `fast`"
+        default=(15.5, 18.5), description="px/s in the split `fast`"
     )
-    speed_words: Share = Field(0.0, description="share of straight motions that say how fast")
-    size_words: Share = Field(0.0, description="share of objects that say how large")
-    alike: Share = Field(0.15, description="share of crowded scenes that show a group of equals")
-    ground: Literal["plain", "dots"] = Field("plain", description="dots make the camera visible")
+    speed_words: Share = Field(default=0.0, description="share of motions that say how fast")
+    size_words: Share = Field(default=0.0, description="share of objects that say how large")
+    alike: Share = Field(default=0.15, description="share of crowded scenes with a group of equals")
+    ground: Literal["plain", "dots"] = Field(default="plain", description="dots show the camera")
 
     @model_validator(mode="after")
     def _check(self) -> SceneConfig:
@@ -113,12 +114,6 @@ class SceneConfig(Config):
                     f"no motion of {sorted(self.motions)} fits {count} objects: give weight to "
                     f"'left', or set num_objects.{count}=0"
                 )
-        self._check_looks()
-        if problem := self.too_fast("speed"):
-            raise ValueError(problem)
-        return self
-
-    def _check_looks(self) -> None:
         seen = self.looks("train")
         for name in (*self.colours, *self.shapes):
             if not any(name in look for look in seen):
@@ -126,14 +121,21 @@ class SceneConfig(Config):
                     f"'{name}' never occurs in training because held_out has all its pairs: "
                     "take one out of held_out, or set held_out=[]"
                 )
+        if problem := self.shortage("train") or self.too_fast("speed"):
+            raise ValueError(problem)
+        return self
+
+    def shortage(self, split: Split) -> str | None:
+        """Why a split has too few looks for the scenes it should show, or None if it has enough."""
+        looks = self.looks(split)
         most = max(count for count, weight in self.num_objects.items() if weight)
-        if len(self.colours) < most:
-            raise ValueError(f"{most} objects need {most} colours, found {len(self.colours)}")
-        circles = sum(shape == "circle" for _, shape in seen)
+        colours = len({colour for colour, _ in looks})
+        if colours < most:
+            return f"{most} objects need {most} colours, but split '{split}' has {colours}"
+        circles = sum(shape == "circle" for _, shape in looks)
         if self.motions.get("collide") and self.num_objects.get(2) and circles < 2:
-            raise ValueError(
-                "collide needs circles of two colours in training: set motions.collide=0"
-            )
+            return f"collisions need circles of two colours, but split '{split}' has {circles}"
+        return None
 
     def too_fast(self, name: Literal["speed", "fast_speed"]) -> str | None:
         """Why straight motion at this range does not fit between the edges, or None if it does."""
@@ -161,7 +163,7 @@ class SceneConfig(Config):
         return {k: w for k, w in weights.items() if w and _ONLY_WITH.get(k, count) == count}
 
 
-def varied(**changes: object) -> SceneConfig:
+def varied(**changes: Any) -> SceneConfig:
     """Everything the arena knows: all motions, cameras and words. `changes` replace fields."""
     fields = {
         "num_objects": {1: 0.5, 2: 0.35, 3: 0.15},
@@ -211,17 +213,11 @@ def sample(config: SceneConfig, seed: int, index: int, split: Split = "train") -
 def _check_split(config: SceneConfig, split: Split) -> None:
     if split not in SPLITS:
         raise UsageError(f"no split '{split}'." + did_you_mean(split, SPLITS))
+    problem = config.shortage(split)
+    if problem:
+        raise UsageError(f"{problem}: change held_out, num_objects or motions")
     if split == "fast" and (problem := config.too_fast("fast_speed")):
         raise UsageError(problem)
-    most = max(count for count, weight in config.num_objects.items() if weight)
-    looks = config.looks(split)
-    circles = sum(shape == "circle" for _, shape in looks)
-    collides = config.motions.get("collide") and config.num_objects.get(2)
-    if len({colour for colour, _ in looks}) < most or (collides and circles < 2):
-        raise UsageError(
-            f"split '{split}' has the pairs {looks}: too few colours for {most} objects"
-            f"{' or too few circles to collide' if collides else ''}. Change held_out."
-        )
 
 
 def _cast(

@@ -22,26 +22,20 @@ distance between two palette colours is 51)."""
 
 _TABLE = np.array([*COLOURS.values(), BAR], np.float32)
 _GROUND = np.array(GROUND, np.float32)
-_GROUND_NOISE = 28.0  # RGB distance; less is a sixth of the faintest colour, and taken for ground
 _PIXELS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What each pixel of F frames is made of, all arrays (F, H, W).
+    """What each pixel of F frames shows, arrays (F, H, W).
 
     Attributes:
         colour: int8, index into `NAMES` of the nearest colour where it covers half and more of the
             pixel and explains it, else `NOTHING`.
-        amount: float32 in [0, 1], how much of the nearest colour the pixel holds, 0 where
-            no colour explains it.
-        nearest: int8, the nearest colour whatever its amount.
         contrast: float32, RGB distance from the ground.
     """
 
     colour: np.ndarray
-    amount: np.ndarray
-    nearest: np.ndarray
     contrast: np.ndarray
 
 
@@ -63,39 +57,48 @@ class Patches:
 
 
 def unmix(frames: np.ndarray) -> Pixels:
-    """What the pixels of uint8 (F, H, W, 3) frames are made of."""
+    """What the pixels of uint8 (F, H, W, 3) frames show."""
     step = max(1, _PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2]))
     parts = [_unmix(frames[i : i + step]) for i in range(0, len(frames), step)]
     return Pixels(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _unmix(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _unmix(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     offset = frames.reshape(-1, 3).astype(np.float32) - _GROUND  # (N, 3)
     square = np.einsum("nc,nc->n", offset, offset)
     colour = np.full(len(offset), NOTHING, np.int8)
-    nearest = np.zeros(len(offset), np.int8)
-    amount = np.zeros(len(offset), np.float32)
-    # Most pixels are ground; the rest is worth the comparison with every colour.
-    rows = np.flatnonzero(square > _GROUND_NOISE**2)
     ways = _TABLE - _GROUND  # (K, 3)
     lengths = (ways * ways).sum(1)
+    # Most pixels are ground; only what may hold half of a colour is compared with every colour.
+    rows = np.flatnonzero(square >= lengths.min() / 4)
     along = offset[rows] @ ways.T  # (n, K)
-    share = np.clip(along / lengths, 0, 1)
-    misfit = share * (share * lengths - 2 * along)  # squared distance less |offset|^2
-    best = misfit.argmin(1)
+    amount = np.clip(along / lengths, 0, 1)
+    misfit = amount * (amount * lengths - 2 * along)  # squared distance less |offset|^2
+    nearest = misfit.argmin(1)
     every = np.arange(len(rows))
-    explained = square[rows] + misfit[every, best] <= REJECTION**2
-    held = share[every, best]
-    nearest[rows] = best
-    amount[rows] = np.where(explained, held, 0)
-    colour[rows] = np.where(explained & (held >= 0.5), best, NOTHING)
+    explained = square[rows] + misfit[every, nearest] <= REJECTION**2
+    holds = explained & (amount[every, nearest] >= 0.5)
+    colour[rows] = np.where(holds, nearest, NOTHING)
     shape = frames.shape[:3]
-    return (
-        colour.reshape(shape),
-        amount.reshape(shape),
-        nearest.reshape(shape),
-        np.sqrt(square).reshape(shape),
+    return colour.reshape(shape), np.sqrt(square).reshape(shape)
+
+
+def share(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """How much of one colour pixels hold, whatever else is in them: float32 (P, ...) in [0, 1].
+
+    The projection on the way from the ground to the colour. It ignores the errors across that way
+    which codecs with coarse chroma leave at edges.
+
+    Args:
+        pixels: (P, ..., 3) RGB.
+        colour: (P,) index into `NAMES`.
+    """
+    ways = (_TABLE - _GROUND)[colour]
+    ways = ways / (ways * ways).sum(1, keepdims=True)
+    along = np.einsum("p...c,pc->p...", pixels, ways) - (_GROUND * ways).sum(1).reshape(
+        -1, *([1] * (pixels.ndim - 2))
     )
+    return np.clip(along, 0, 1)
 
 
 def opened(labels: np.ndarray) -> np.ndarray:

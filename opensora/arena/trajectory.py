@@ -146,8 +146,8 @@ def _turns(path: np.ndarray) -> int:
     return turns
 
 
-def meeting(first: Track, second: Track, reading: Reading) -> tuple[float, np.ndarray] | None:
-    """The nearest approach of two discs: the frame (fractional) and their gap in every frame.
+def meeting(first: Track, second: Track, reading: Reading) -> tuple[int, np.ndarray] | None:
+    """The nearest approach of two discs: its frame, and their gap (F,) in every frame.
 
     None when they are seen together too rarely. The gap is in px at 64, and negative where the
     discs overlap.
@@ -157,7 +157,7 @@ def meeting(first: Track, second: Track, reading: Reading) -> tuple[float, np.nd
         return None
     apart = np.linalg.norm(first.positions - second.positions, axis=1)
     gap = (apart - first.radius - second.radius) / reading.unit
-    return float(np.nanargmin(gap)), gap
+    return int(np.nanargmin(gap)), gap
 
 
 def collides(first: Track, second: Track, reading: Reading) -> bool:
@@ -165,7 +165,7 @@ def collides(first: Track, second: Track, reading: Reading) -> bool:
     met = meeting(first, second, reading)
     if met is None:
         return False
-    moment, gap = int(met[0]), met[1]
+    moment, gap = met
     seen = np.flatnonzero(~np.isnan(gap))
     before, after = gap[seen[0]] - gap[moment], gap[seen[-1]] - gap[moment]
     touches = abs(gap[moment]) <= _TOUCH and _turns(gap[seen]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,12 +28,14 @@ class EncodeConfig(Config):
     vae_from: Path = Field(description="run or checkpoint of the VAE's training")
     manifest: Path = Field(description="CSV or Parquet of clips")
     buckets: BucketsConfig
-    patch: tuple[int, int, int] = Field((1, 2, 2), description="of the model that will train")
+    patch: tuple[int, int, int] = Field(
+        default=(1, 2, 2), description="of the model that will train"
+    )
     clips: ClipsConfig = ClipsConfig(start="first")
     cache: encode.EncodeConfig = encode.EncodeConfig()
-    seed: int = Field(0, ge=0, description="of keep-probabilities and of clip starts")
-    num_workers: int = Field(0, ge=0, description="processes that decode ahead")
-    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    seed: int = Field(default=0, ge=0, description="of keep-probabilities and of clip starts")
+    num_workers: int = Field(default=0, ge=0, description="processes that decode ahead")
+    device: str = Field(default="auto", description="auto, cpu, cuda, mps")
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -47,9 +50,7 @@ def run(config: EncodeConfig) -> None:
                 rank=place.rank,
                 world_size=place.world_size,
                 num_workers=config.num_workers,
-                progress=lambda done, total: (
-                    place.is_main and stages.update("encoding", done, total)
-                ),
+                progress=partial(stages.update, "encoding") if place.is_main else None,
             )
         place.barrier()
         if place.is_main:

@@ -30,9 +30,15 @@ class BucketRule(Config):
     batch_size]`, or as the number `keep` alone.
     """
 
-    keep: float = Field(1.0, ge=0, le=1, description="part kept; the rest tries lower resolutions")
-    length_keep: float = Field(1.0, ge=0, le=1, description="part that does not try fewer frames")
-    batch_size: int | None = Field(None, gt=0, description="clips a step, over all ranks together")
+    keep: float = Field(
+        default=1.0, ge=0, le=1, description="part kept; the rest tries lower resolutions"
+    )
+    length_keep: float = Field(
+        default=1.0, ge=0, le=1, description="part that does not try fewer frames"
+    )
+    batch_size: int | None = Field(
+        default=None, gt=0, description="clips a step, over all ranks together"
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -54,17 +60,21 @@ class BucketsConfig(Config):
         "square, '240p' that of a 16:9 picture 240 high; 1 frame takes still pictures"
     )
     aspect_ratios: tuple[str, ...] = Field(
-        ASPECT_RATIOS, min_length=1, description="width:height; a clip takes the nearest"
+        default=ASPECT_RATIOS, min_length=1, description="width:height; a clip takes the nearest"
     )
     fps: float | None = Field(
-        None, gt=0, le=1000, description="frames per second of the clips; null: their own"
+        default=None, gt=0, le=1000, description="frames per second of the clips; null: their own"
     )
-    frame_interval: int = Field(1, ge=1, description="every n-th frame, where fps is null")
+    frame_interval: int = Field(default=1, ge=1, description="every n-th frame, where fps is null")
     token_budget: int | None = Field(
-        None, gt=0, description="tokens a step over all ranks; takes the place of batch sizes"
+        default=None,
+        gt=0,
+        description="tokens a step over all ranks; takes the place of batch sizes",
     )
     max_upscale: float = Field(
-        1.12, ge=1, description="how far a clip may be enlarged (1.12: 0.8 of the area suffices)"
+        default=1.12,
+        ge=1,
+        description="how far a clip may be enlarged (1.12: 0.8 of the area suffices)",
     )
     scores: dict[str, tuple[float | None, float | None]] = Field(
         default_factory=dict, description="score column -> lowest and highest value, null is open"

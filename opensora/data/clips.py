@@ -40,18 +40,24 @@ class ClipsConfig(Config):
     """How a clip is cut out of its file."""
 
     start: Literal["random", "first"] = Field(
-        "random", description="where in the row's window the clip begins"
+        default="random", description="where in the row's window the clip begins"
     )
     crop: Literal["random", "centre", "none"] = Field(
-        "centre", description="which part is kept where proportions differ; none: stretch"
+        default="centre", description="which part is kept where proportions differ; none: stretch"
     )
     flip: float = Field(
-        0.0, ge=0, le=1, description="part mirrored; off, because captions say left and right"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="part mirrored; off, because captions say left and right",
     )
-    backend: Literal["pyav", "decord"] = Field("pyav", description="which decoder")
+    backend: Literal["pyav", "decord"] = Field(default="pyav", description="which decoder")
     limits: Limits = Field(default_factory=Limits, description="what reading one clip may cost")
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="part of the manifest that may be unreadable before giving up"
+        default=0.01,
+        ge=0,
+        le=1,
+        description="part of the manifest that may be unreadable before giving up",
     )
 
 
@@ -147,7 +153,9 @@ class Quarantine:
     def __contains__(self, row: int) -> bool:
         return bool(self._bad[row])
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many rows were found unreadable."""
         return int(self._bad.sum())
 
     def add(self, row: int, path: Path, reason: str) -> None:
@@ -168,9 +176,9 @@ class Quarantine:
             os.write(descriptor, line.getvalue().encode("utf-8", "replace"))
             os.close(descriptor)
         allowed = self._max_bad_fraction * len(self._bad)
-        if len(self) > allowed:
+        if self.count > allowed:
             raise DataError(
-                f"{len(self)} of {len(self._bad)} rows are unreadable, more than max_bad_fraction="
+                f"{self.count} of {len(self._bad)} rows are unreadable, more than max_bad_fraction="
                 f"{self._max_bad_fraction:g} allows; the last is row {row}: {reason}. Take these "
                 "rows out of the manifest, or raise max_bad_fraction"
             )

@@ -46,9 +46,11 @@ class EncodeConfig(Config):
     """How a cache is laid out."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the stored latents and text features"
+        default="float32", description="of the stored latents and text features"
     )
-    shard_bytes: int = Field(256 * 2**20, gt=0, description="a shard is closed at this size")
+    shard_bytes: int = Field(
+        default=256 * 2**20, gt=0, description="a shard is closed at this size"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,12 @@ class ClipsSourceConfig(Config):
 
     kind: Literal["clips"] = "clips"
     manifest: Path = Field(description="CSV or Parquet of training clips")
-    validation: Path | None = Field(None, description="CSV or Parquet of validation clips")
+    validation: Path | None = Field(default=None, description="CSV or Parquet of validation clips")
     buckets: BucketsConfig
     clips: ClipsConfig = ClipsConfig()
-    num_workers: int = Field(0, ge=0, description="processes that decode ahead, on each rank")
+    num_workers: int = Field(
+        default=0, ge=0, description="processes that decode ahead, on each rank"
+    )
 
 
 class LatentsSourceConfig(Config):
@@ -36,9 +38,9 @@ class LatentsSourceConfig(Config):
 
     kind: Literal["latents"] = "latents"
     cache: Path = Field(description="folder of training latents")
-    validation: Path | None = Field(None, description="folder of validation latents")
+    validation: Path | None = Field(default=None, description="folder of validation latents")
     buckets: BucketsConfig
-    num_workers: int = Field(0, ge=0, description="processes that read ahead, on each rank")
+    num_workers: int = Field(default=0, ge=0, description="processes that read ahead, on each rank")
 
 
 DataConfig = Annotated[ClipsSourceConfig | LatentsSourceConfig, Field(discriminator="kind")]
@@ -65,9 +67,11 @@ class Source:
 
     Attributes:
         census: where every row of the training data went.
+        identity: digest of everything that decides which samples a step sees.
     """
 
     census: Census
+    identity: str
     _plan: Plan
     _dataset: BatchDataset[Any]
     _validation: tuple[BucketAssigner | CachedAssigner, BatchDataset[Any]] | None
@@ -119,7 +123,15 @@ def open_source(
         held = config.validation and _latents(config.validation, config, needs)
     plan = Plan(assigner, seed=seed)
     plan.check_world_size(place.world_size)
-    return Source(assigner(0).census, plan, dataset, held or None, place, config.num_workers)
+    return Source(
+        assigner(0).census,
+        assigner.identity,
+        plan,
+        dataset,
+        held or None,
+        place,
+        config.num_workers,
+    )
 
 
 def _clips(

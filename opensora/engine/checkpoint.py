@@ -6,6 +6,7 @@ and the resolved config as JSON. Nothing is unpickled. The store's manifest is t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +153,6 @@ def inference_weights(snapshot: Snapshot, *, averaged: bool = True) -> Tensors:
 
 def identity(tensors: Tensors) -> str:
     """A digest of weights: 16 hex digits over names, dtypes, shapes and bytes."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()

@@ -17,7 +17,7 @@ class FixedEMAConfig(Config):
     """A fixed decay, reached after a warm-up so that the start is forgotten."""
 
     kind: Literal["fixed"] = "fixed"
-    decay: float = Field(0.999, ge=0, lt=1)
+    decay: float = Field(default=0.999, ge=0, lt=1)
 
     def decay_at(self, step: int) -> float:
         """Decay of update number `step` (0-based)."""
@@ -32,7 +32,7 @@ class PowerEMAConfig(Config):
     """
 
     kind: Literal["power"] = "power"
-    gamma: float = Field(16.97, gt=0)
+    gamma: float = Field(default=16.97, gt=0)
 
     def decay_at(self, step: int) -> float:
         """Decay of update number `step` (0-based)."""

@@ -42,12 +42,13 @@ class ArenaConfig(Config):
     """The protocol of a run of the suite."""
 
     scenes: SceneConfig = SceneConfig()
-    seed: int = Field(1, ge=0, description="of the prompts and of the samples")
+    seed: int = Field(default=1, ge=0, description="of the prompts and of the samples")
     num_prompts: dict[int, int] = Field(
-        {1: 64, 2: 32, 3: 32}, description="number of objects -> prompts, all from held-out pairs"
+        default={1: 64, 2: 32, 3: 32},
+        description="number of objects -> prompts, all from held-out pairs",
     )
     sampling: SamplingConfig = SamplingConfig()
-    batch_size: int = Field(16, ge=1, description="videos drawn at a time")
+    batch_size: int = Field(default=16, ge=1, description="videos drawn at a time")
 
 
 def run(

@@ -34,7 +34,9 @@ from opensora.zoo import GeneratorConfig
 class SamplingConfig(Config):
     """How a video is drawn."""
 
-    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim"] = Field("euler", description="solver")
+    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim"] = Field(
+        default="euler", description="solver"
+    )
     schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
     guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
 

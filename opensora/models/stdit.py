@@ -7,6 +7,7 @@ noise level, so given and generated frames are told apart by level alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,19 +26,32 @@ class STDiTConfig(Config):
     """Architecture of `STDiT`; the defaults are STDiT3-XL/2's."""
 
     kind: Literal["stdit"] = "stdit"
-    width: int = Field(1152, ge=8, description="D, features of a token")
-    depth: int = Field(28, ge=1, description="pairs of a spatial and a temporal block")
-    num_heads: int = Field(16, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    patch: tuple[int, int, int] = Field((1, 2, 2), description="latent positions in a token")
+    width: int = Field(default=1152, ge=8, description="D, features of a token")
+    depth: int = Field(default=28, ge=1, description="pairs of a spatial and a temporal block")
+    num_heads: int = Field(default=16, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    patch: tuple[int, int, int] = Field(
+        default=(1, 2, 2), description="latent positions in a token"
+    )
     base_size: int = Field(
-        32, ge=1, description="positions are scaled as if the picture were this many tokens wide"
+        default=32,
+        ge=1,
+        description="positions are scaled as if the picture were this many tokens wide",
     )
-    text_channels: int = Field(4096, ge=1, description="D of the condition's tokens")
+    text_channels: int = Field(default=4096, ge=1, description="D of the condition's tokens")
     pooled_channels: int = Field(
-        0, ge=0, description="P of the condition's pooled text, added to the level; 0 ignores it"
+        default=0,
+        ge=0,
+        description="P of the condition's pooled text, added to the level; 0 ignores it",
     )
-    condition_on_size: bool = Field(False, description="embed height and width as well as fps")
+    window: tuple[int, int] | None = Field(
+        default=None,
+        description="temporal blocks attend over all frames of windows of this many tokens down "
+        "and across, with rotary positions on three axes (Open-Sora 1.3); None: of one location",
+    )
+    condition_on_size: bool = Field(
+        default=False, description="embed height and width as well as fps"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> STDiTConfig:
@@ -47,6 +61,8 @@ class STDiTConfig(Config):
             )
         if self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by 4 for the 2-D positions")
+        if self.window is not None and self.width // self.num_heads < 6:
+            raise ValueError("heads need 6 features or more for rotary positions on three axes")
         if self.patch[0] != 1:
             raise ValueError("patch must span one latent frame: noise levels are per frame")
         return self
@@ -87,13 +103,22 @@ class CrossAttention(nn.Module):
         return self.proj(attend(q, k, v, mask=mask).flatten(2))  # B L D
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where tokens are: the grid of a frame, the window, and rotary angles of what attends."""
+
+    grid: tuple[int, int]
+    window: tuple[int, int]
+    angles: tuple[Tensor, Tensor]
+
+
 class STDiTBlock(nn.Module):
     """Self-attention over one axis, cross-attention, MLP; shift, scale and gate from the level."""
 
     def __init__(self, config: STDiTConfig, *, temporal: bool):
         super().__init__()
         width = config.width
-        self.temporal = temporal
+        self.temporal, self.window = temporal, config.window
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(width, config.num_heads)
         self.cross_attn = CrossAttention(width, config.num_heads)
@@ -102,23 +127,45 @@ class STDiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, level: Tensor, angles: tuple[Tensor, Tensor]
+        self, x: Tensor, text: Tensor, mask: Tensor, level: Tensor, places: Places
     ) -> Tensor:
         """x: (B, T, N, D) tokens of T frames; level: (B, T, 6, D) from the shared projection."""
         modulation = (level + self.scale_shift_table).unsqueeze(3)  # B T 6 1 D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # B T 1 D each
-        batch, frames, tokens, _ = x.shape
-        h = modulate(self.norm1(x), shift1, scale1)
-        if self.temporal:
-            h = self.attn(rearrange(h, "b t n d -> (b n) t d"), angles)
-            h = rearrange(h, "(b n) t d -> b t n d", b=batch)
-        else:
-            h = self.attn(rearrange(h, "b t n d -> (b t) n d"))
-            h = rearrange(h, "(b t) n d -> b t n d", t=frames)
+        h = self._attend(modulate(self.norm1(x), shift1, scale1), places)
         x = torch.addcmul(x, gate1, h)
         h = self.cross_attn(rearrange(x, "b t n d -> b (t n) d"), text, mask)
-        x = x + rearrange(h, "b (t n) d -> b t n d", n=tokens)
+        x = x + rearrange(h, "b (t n) d -> b t n d", t=x.shape[1])
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+    def _attend(self, x: Tensor, places: Places) -> Tensor:
+        """Self-attention over a frame, over time at one location, or over time in a window."""
+        batch, frames = x.shape[:2]
+        if not self.temporal:
+            x = self.attn(rearrange(x, "b t n d -> (b t) n d"))
+            return rearrange(x, "(b t) n d -> b t n d", t=frames)
+        if self.window is None:
+            x = self.attn(rearrange(x, "b t n d -> (b n) t d"), places.angles)
+            return rearrange(x, "(b n) t d -> b t n d", b=batch)
+        down, across = places.window
+        rows, columns = places.grid[0] // down, places.grid[1] // across
+        x = rearrange(
+            x,
+            "b t (i y j x) d -> (b i j) (t y x) d",
+            i=rows,
+            y=down,
+            j=columns,
+            x=across,
+        )
+        x = self.attn(x, places.angles)
+        return rearrange(
+            x,
+            "(b i j) (t y x) d -> b t (i y j x) d",
+            b=batch,
+            i=rows,
+            y=down,
+            x=across,
+        )
 
 
 class FinalLayer(nn.Module):
@@ -209,11 +256,9 @@ class STDiT(nn.Module):
         level = level + self._context(cond).unsqueeze(1)  # B T D
         shared = self.t_block(level).unflatten(-1, (6, -1))  # B T 6 D
         text = self.y_embedder(cond.tokens.to(tokens.dtype))  # B S D
-        angles = rotary_angles(
-            torch.arange(frames, device=x.device), self.config.width // self.config.num_heads
-        )
+        places = self._places(frames, grid, x.device)
         for block in self.blocks:
-            tokens = block(tokens, text, cond.mask, shared, angles)  # B T N D
+            tokens = block(tokens, text, cond.mask, shared, places)  # B T N D
         return unpatchify(self.final_layer(tokens, level), self.config.patch, grid)  # B C T H W
 
     def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -222,6 +267,22 @@ class STDiT(nn.Module):
         rows = torch.arange(grid[0], device=device) * scale
         columns = torch.arange(grid[1], device=device) * scale
         return sincos_2d(rows, columns, self.config.width)
+
+    def _places(self, frames: int, grid: tuple[int, int], device: torch.device) -> Places:
+        """Windows are made to fit: the largest that divide the grid and are not above the config's.
+
+        Windows do not overlap; the spatial blocks between them carry information across.
+        """
+        head = self.config.width // self.config.num_heads
+        time = torch.arange(frames, device=device)
+        if self.config.window is None:
+            return Places(grid, (1, 1), rotary_angles(time[:, None], (head,)))
+        sides = zip(grid, self.config.window, strict=True)
+        down, across = (max(k for k in range(1, w + 1) if g % k == 0) for g, w in sides)
+        axes = (time, torch.arange(down, device=device), torch.arange(across, device=device))
+        positions = torch.cartesian_prod(*axes)  # L 3
+        each = head // 3 // 2 * 2
+        return Places(grid, (down, across), rotary_angles(positions, (head - 2 * each, each, each)))
 
     def _context(self, cond: Condition) -> Tensor:
         """(B, D): what is said of the whole clip."""
@@ -233,8 +294,6 @@ class STDiT(nn.Module):
             context = context + self.size_embedder(cond.size).sum(dim=1)
         if self.config.pooled_channels:
             if cond.pooled is None:
-                raise ValueError(
-                    "this model needs pooled text, but cond.pooled is None"
-                )
+                raise ValueError("this model needs pooled text, but cond.pooled is None")
             context = context + self.pooled_embedder(cond.pooled.to(context.dtype))
         return context

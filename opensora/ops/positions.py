@@ -48,25 +48,33 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int, *, max_period: float = 10
     return torch.cat([by_column, by_row], dim=-1).reshape(height * width, dim)
 
 
-def rotary_angles(positions: Tensor, dim: int, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary code (Su et al. 2021), for pairs (2i, 2i + 1).
+def rotary_angles(
+    positions: Tensor, dims: tuple[int, ...], *, theta: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary code (Su et al. 2021) over one or several axes.
 
     Args:
-        positions: float (L,).
-        dim: even width of one head.
+        positions: float (L, A), a token's place on each axis.
+        dims: even number of a head's features that turn with each axis; features beyond their
+            sum do not turn.
 
     Returns:
-        Two float32 tensors (L, dim), each frequency repeated for its pair.
+        Two float32 tensors (L, sum of dims), each frequency repeated for its pair (2i, 2i + 1).
     """
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions.float()[:, None] * theta**-exponents
-    angles = angles.repeat_interleave(2, dim=-1)
+    parts = []
+    for axis, dim in enumerate(dims):
+        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+        parts.append(positions[:, axis].float()[:, None] * theta**-exponents)
+    angles = torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair of features of x (B, L, K, d) by its position's angle; norms stay."""
+    """Rotate pairs of features of x (B, L, K, d) by their positions' angles; norms stay."""
     cosine, sine = (a[None, :, None, :].to(x.dtype) for a in angles)
+    still = x[..., cosine.shape[-1] :]
+    x = x[..., : cosine.shape[-1]]
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return x * cosine + turned * sine
+    x = x * cosine + turned * sine
+    return torch.cat([x, still], dim=-1) if still.shape[-1] else x

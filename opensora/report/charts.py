@@ -18,7 +18,7 @@ from opensora.report.scale import Axis, figure, fit_axis, tight_axis
 from opensora.report.series import Series, drawable, thin
 
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 30
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
 _NUM_TOOLTIPS = 48
@@ -175,9 +175,7 @@ def _grid(frame: _Frame) -> Markup:
     for tick in frame.x.ticks:
         x = f"{LEFT + float(frame.x.fraction(np.array(tick))) * PLOT_WIDTH:.1f}"
         parts.append(
-            element(
-                "text", figure(tick), x=x, y=HEIGHT - 10, class_="tick", text_anchor="middle"
-            )
+            element("text", figure(tick), x=x, y=HEIGHT - 10, class_="tick", text_anchor="middle")
         )
     base = TOP + PLOT_HEIGHT
     parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="base"))
@@ -207,9 +205,7 @@ def _level(frame: _Frame, level: tuple[str, float] | None) -> Markup | None:
     name, value = level
     y = frame.height_of(value)
     return join(
-        element(
-            "line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"
-        ),
+        element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"),
         element(
             "text",
             f"{name} {figure(value)}",

@@ -37,9 +37,7 @@ def parse(path: Path, document: dict[str, Any]) -> Scores:
     return Scores(path, groups, targets, facts)
 
 
-def _estimates(
-    node: dict[str, Any], names: tuple[str, ...]
-) -> Iterator[tuple[str, str, Estimate]]:
+def _estimates(node: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, str, Estimate]]:
     for key, value in node.items():
         if isinstance(value, dict) and "mean" not in value:
             if len(names) < MAX_DEPTH:
@@ -52,9 +50,7 @@ def _estimates(
 
 def _estimate(value: Any) -> Estimate | None:
     parts = value if isinstance(value, dict) else {"mean": value}
-    mean, low, high, n = (
-        _usable(parts.get(name)) for name in ("mean", "low", "high", "n")
-    )
+    mean, low, high, n = (_usable(parts.get(name)) for name in ("mean", "low", "high", "n"))
     if mean is None or isinstance(parts["mean"], bool):
         return None
     return Estimate(mean, low, high, None if n is None else int(n))

@@ -19,6 +19,9 @@ _JSON_TOKEN = re.compile(
     r"|(?P<value>-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity)"
 )
 
+_NUMBER_LIST = re.compile(r"\[\n[^\[\]{}\"]*\n *\]")
+"""A list without strings or nesting, which reads better on one line."""
+
 
 def commands(found: Sequence[Tree]) -> Markup | None:
     """The exact commands in the order they were run, with their times and exit codes."""
@@ -31,9 +34,7 @@ def commands(found: Sequence[Tree]) -> Markup | None:
         if code is not None and code != 0:
             badge = element("span", f"exit {code:g}", class_="badge bad")
         time = None if took is None else element("span", duration(took), class_="quiet")
-        items.append(
-            element("li", element("code", str(entry["command"])), " ", time, " ", badge)
-        )
+        items.append(element("li", element("code", str(entry["command"])), " ", time, " ", badge))
     times = [finite(entry.get("seconds")) for entry in found]
     known = [time for time in times if time is not None]
     total = f"{duration(sum(known))} in all." if len(known) > 1 else None
@@ -47,9 +48,12 @@ def commands(found: Sequence[Tree]) -> Markup | None:
 def machine(findings: Findings) -> Markup | None:
     """Where it ran, a column for each environment that differs."""
     columns: list[tuple[str, dict[str, str]]] = []
-    sources = [(relative(run.path, findings.root), run.environment) for run in findings.runs]
-    for name, tree in [(findings.root.name, findings.environment), *sources]:
-        facts = dict(_flat(tree))
+    sources = [(findings.root.name, dict(_flat(findings.environment)))]
+    for run in findings.runs:
+        precision = {k: str(v) for k, v in run.config.items() if k == "precision"}
+        facts = dict(_flat(run.environment)) | precision
+        sources.append((relative(run.path, findings.root), facts))
+    for name, facts in sources:
         if facts and facts not in [known for _, known in columns]:
             columns.append((name, facts))
     if not columns:
@@ -114,6 +118,7 @@ def left_out(notes: Notes, num_linked: int) -> Markup | None:
 def pretty(tree: Any) -> Markup:
     """JSON with its keys, strings and values told apart by class."""
     text = json.dumps(tree, indent=2, ensure_ascii=False)
+    text = _NUMBER_LIST.sub(lambda found: " ".join(found.group().split()), text)
     parts: list[Markup] = []
     end = 0
     for match in _JSON_TOKEN.finditer(text):
@@ -129,7 +134,7 @@ def _flat(tree: Tree) -> list[tuple[str, str]]:
     for key, value in tree.items():
         if key == "matmul_flops_per_second":
             for precision, rate in mapping(value).items():
-                facts.append((f"matmul {precision}", f"{figure(finite(rate))}FLOP/s"))
+                facts.append((f"matmul {precision}", figure(finite(rate), unit="FLOP/s")))
         elif key.endswith("_bytes"):
             facts.append((key.removesuffix("_bytes"), size(finite(value))))
         elif key == "parameters":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from opensora.report.clips import Shelf
-from opensora.report.findings import Dataset, Gallery, Run, Sample
+from opensora.report.findings import QUESTIONS, Dataset, Gallery, Run, Sample, Tree
 from opensora.report.markup import Markup, element, join
 from opensora.report.scale import figure
 from opensora.report.words import plain, plural, relative
@@ -83,9 +84,7 @@ def data(datasets: Sequence[Dataset], root: Path, shelf: Shelf) -> Markup | None
                 ],
                 class_="facts",
             ),
-            element(
-                "div", [_card(sample, shelf) for sample in dataset.examples], class_="cards"
-            ),
+            element("div", [_card(sample, shelf) for sample in dataset.examples], class_="cards"),
         )
         for dataset in datasets
     )
@@ -136,8 +135,6 @@ def _card(sample: Sample, shelf: Shelf) -> Markup:
 
 
 def _badge(name: str, value: float) -> Markup:
-    from opensora.report.findings import QUESTIONS
-
     if name not in QUESTIONS:
         return element("span", f"{plain(name)} {figure(value)}", class_="badge")
     if value >= 1:
@@ -156,7 +153,9 @@ def _filters(samples: Sequence[Sample]) -> Markup | None:
     choices = [("all", f"all {len(samples)}"), ("right", f"all right {num_right}")]
     choices += [(f"wrong:{name}", f"✗ {plain(name)} {count}") for name, count in wrong.items()]
     buttons = [
-        element("button", label, type="button", data_filter=key, aria_pressed=str(key == "all").lower())
+        element(
+            "button", label, type="button", data_filter=key, aria_pressed=str(key == "all").lower()
+        )
         for key, label in choices
     ]
     return element("p", buttons, class_="filters", role="group", aria_label="Show samples")
@@ -173,7 +172,22 @@ def _sources(samples: Sequence[Sample]) -> Markup:
     judged = [sample.is_right for sample in samples if sample.is_right is not None]
     if judged:
         parts.append(f"{sum(judged)} of {len(judged)} right in every question")
-    return element("p", ", ".join(parts) + ".", class_="lead")
+    settings = {json.dumps(sample.sampling, sort_keys=True) for sample in samples}
+    drawn = dict(_flat(samples[0].sampling)) if len(settings) == 1 else {}
+    words = " · ".join(f"{plain(name)} {value}" for name, value in drawn.items())
+    return join(
+        element("p", ", ".join(parts) + ".", class_="lead"),
+        element("p", words, class_="note") if words else None,
+    )
+
+
+def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A tree of settings as 'guidance.scale' -> '3'; lists and nothings are left to the file."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, str | int | float):
+            yield f"{prefix}{key}".removesuffix(".kind"), str(value)
 
 
 def _named(samples: Sequence[Sample], name: str) -> Sample | None:

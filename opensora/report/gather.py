@@ -220,17 +220,13 @@ def _listed(folder: Path, notes: Notes) -> list[Sample]:
                 seed=None if seed is None else int(seed),
                 checkpoint=str(row.get("checkpoint") or ""),
                 sampling=mapping(row.get("sampling")),
-                scores={
-                    k: v for k, v in answers.items() if v is not None and abs(v) <= LARGEST
-                },
+                scores={k: v for k, v in answers.items() if v is not None and abs(v) <= LARGEST},
             )
         )
     return samples
 
 
-def _samples_by_step(
-    folder: Path, config: Tree, notes: Notes
-) -> dict[int, tuple[Sample, ...]]:
+def _samples_by_step(folder: Path, config: Tree, notes: Notes) -> dict[int, tuple[Sample, ...]]:
     """What a run drew while it was training, by step."""
     prompts = mapping(config.get("samples")).get("prompts")
     prompts = prompts if isinstance(prompts, list) else []

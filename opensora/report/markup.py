@@ -35,7 +35,9 @@ def join(*children: Child) -> Markup:
     return Markup("".join(_flatten(children)))
 
 
-def element(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Markup:
+def element(
+    name: str, /, *children: Child, **attributes: str | int | float | bool | None
+) -> Markup:
     """An element with escaped attributes and children.
 
     In attribute names a trailing underscore is dropped (`class_`) and others become hyphens

@@ -21,7 +21,7 @@ from opensora.report.findings import Findings
 from opensora.report.gather import gather
 from opensora.report.markup import Markup, element, join
 from opensora.report.reading import finite
-from opensora.report.scale import duration, figure
+from opensora.report.scale import duration
 from opensora.report.words import plural, title
 
 PAGE_NAME = "report.html"
@@ -176,8 +176,8 @@ def _headline(findings: Findings) -> Markup | None:
                 met = target.met(estimate.mean)
                 look, words = ("good", "✓ on target") if met else ("bad", "✗ off target")
                 mark = element("small", words, class_=look)
-            percent = f"{estimate.mean:.0%}" if 0 <= estimate.mean <= 1 else figure(estimate.mean)
-            tiles.append(_tile(f"{title(name)} right", percent, mark))
+            share = f"{100 * estimate.mean:.1f}".removesuffix(".0") + "%"
+            tiles.append(_tile(f"{title(name)} right", share, mark))
     times = [training.seconds(run) for run in findings.runs]
     known = [time for time in times if time is not None]
     if known:

@@ -105,7 +105,9 @@ def read_commands(folder: Path, notes: Notes) -> list[dict[str, Any]]:
             found = []
         found = found if isinstance(found, list) else [found]
     else:
-        found = [_command(line) for line in (_text(folder / "commands.log", notes) or "").split("\n")]
+        found = [
+            _command(line) for line in (_text(folder / "commands.log", notes) or "").split("\n")
+        ]
         found = [entry for entry in found if entry is not None]
     rows = [{"command": entry} if isinstance(entry, str) else entry for entry in found]
     good = [row for row in rows if isinstance(row, dict) and row.get("command")]

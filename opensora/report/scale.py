@@ -54,6 +54,7 @@ def fit_axis(values: np.ndarray, *, from_zero: bool = False) -> Axis:
         return _log_axis(low, high)
     if from_zero:
         low, high = min(0.0, low), max(0.0, high)
+        high = 1.0 if low == high else high
     low, high = _apart(low, high)
     step = round_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -99,11 +100,16 @@ def _log_axis(low: float, high: float) -> Axis:
     return Axis(start, end, tuple(ticks[::stride]), log=True)
 
 
-def figure(value: float | None, digits: int = 3) -> str:
+def figure(value: float | None, digits: int = 3, *, unit: str = "") -> str:
     """A number for people: `digits` significant digits, thousands as k, M, G, T.
 
-    0.0312 -> '0.0312', 12345 -> '12.3k', 0.00001 -> '1e-05', None -> '–'.
+    0.0312 -> '0.0312', 12345 -> '12.3k', 0.00001 -> '1e-05', None -> '–'. With a unit, the
+    prefix goes to it: (1.31e11, unit='FLOP/s') -> '131 GFLOP/s'.
     """
+    if unit and value is not None:
+        text = figure(value, digits)
+        number = text.rstrip("kMGT")
+        return f"{number} {text[len(number) :]}{unit}"
     if value is None:
         return "–"
     if not math.isfinite(value):

@@ -43,7 +43,6 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
         "article",
         None if single else element("h3", relative(scores.path.parent, root)),
         _verdict(scores),
-        _legend(groups, looks),
         _table(scores, main, groups, looks),
         element(
             "details",
@@ -77,12 +76,16 @@ def _metrics(scores: Scores) -> list[str]:
 def _table(
     scores: Scores, metrics: Sequence[str], groups: Sequence[str], looks: dict[str, str]
 ) -> Markup:
-    heads = ("", "", "", "mean", "95 % interval", "videos", "target")
+    shares = element("span", [element("span", tick) for tick in ("0", "½", "1")], class_="scale")
+    heads = ("", "", shares, "mean", "95 % interval", "videos", "target")
     head = element("tr", [element("th", name, scope="col") for name in heads])
     bodies = []
     for metric in metrics:
         having = [group for group in groups if metric in scores.groups[group]]
-        axis = _axis([scores.groups[group][metric] for group in having])
+        aims = [
+            scores.targets[group, metric] for group in having if (group, metric) in scores.targets
+        ]
+        axis = _axis([scores.groups[group][metric] for group in having], aims)
         rows = []
         for group in having:
             name = None
@@ -117,16 +120,13 @@ def _row(
     low = estimate.mean if estimate.low is None else estimate.low
     high = estimate.mean if estimate.high is None else estimate.high
     known = estimate.low is not None and estimate.high is not None
-    aim = None
-    if target is not None:
-        aim = target.at_least if target.at_least is not None else target.at_most
     return element(
         "tr",
         metric,
-        element("th", plain(group), scope="row", class_="group"),
+        element("th", _key(look), plain(group), scope="row", class_="group"),
         element(
             "td",
-            charts.interval(estimate.mean, low, high, axis, look=look, target=aim),
+            charts.interval(estimate.mean, low, high, axis, look=look, target=_aim(target)),
             class_="drawn",
         ),
         element("td", element("b", _value(estimate.mean)), class_="number"),
@@ -136,11 +136,30 @@ def _row(
     )
 
 
-def _axis(estimates: Sequence[Estimate]) -> Axis:
-    """From 0 to 1 for shares; otherwise whatever holds all the intervals."""
-    values = np.array(
-        [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None], np.float64
+def _key(look: str) -> Markup:
+    return element(
+        "svg",
+        charts.marker(look),
+        viewBox="-8 -8 16 16",
+        width=14,
+        height=14,
+        class_=look.split()[0],
+        aria_hidden="true",
     )
+
+
+def _aim(target: Target | None) -> float | None:
+    """The one value of a target that a chart can mark."""
+    if target is None:
+        return None
+    return target.at_most if target.at_least is None else target.at_least
+
+
+def _axis(estimates: Sequence[Estimate], targets: Sequence[Target]) -> Axis:
+    """From 0 to 1 for shares; otherwise whatever holds all the intervals and targets."""
+    ends = [value for e in estimates for value in (e.mean, e.low, e.high)]
+    ends += [_aim(target) for target in targets]
+    values = np.array([value for value in ends if value is not None], np.float64)
     if values.min() >= 0 and values.max() <= 1:
         return Axis(0.0, 1.0, ())
     return fit_axis(values)
@@ -155,7 +174,9 @@ def _target(estimate: Estimate, target: Target | None) -> Markup | None:
     if target.at_most is not None:
         bounds.append(f"≤ {figure(target.at_most)}")
     met = target.met(estimate.mean)
-    mark = element("span", "✓ pass" if met else "✗ fail", class_=f"badge {'good' if met else 'bad'}")
+    mark = element(
+        "span", "✓ pass" if met else "✗ fail", class_=f"badge {'good' if met else 'bad'}"
+    )
     return join(element("span", ", ".join(bounds), class_="quiet"), " ", mark)
 
 
@@ -174,21 +195,6 @@ def _verdict(scores: Scores) -> Markup | None:
     words += f"; missed: {', '.join(missed)}" if missed else ""
     words += f"; {unmeasured} not measured" if unmeasured else ""
     return element("p", words + ".", class_="lead")
-
-
-def _legend(groups: Sequence[str], looks: dict[str, str]) -> Markup:
-    entries = [
-        element(
-            "span",
-            element(
-                "svg", charts.marker(looks[group]), viewBox="-8 -8 16 16", width=16, height=16,
-                class_=looks[group], aria_hidden="true",
-            ),
-            plain(group),
-        )
-        for group in groups
-    ]  # fmt: skip
-    return element("p", entries, class_="legend")
 
 
 def _facts(scores: Scores) -> Markup | None:

@@ -83,7 +83,9 @@ def _tiles(run: Run) -> Markup:
     tiles = [("steps", f"{done:,.0f}{of}"), ("training time", duration(seconds(run)))]
     for name, series in run.curves.get("validation", {}).items():
         if "/" not in name and series.last() is not None:
-            tiles.append((f"validation {title(name)}", figure(series.last(), 4) + _unit(name, " ")))
+            tiles.append(
+                (f"{title(name)}, validation", figure(series.last(), 4) + _unit(name, " "))
+            )
     tiles += [
         ("parameters", figure(finite(run.environment.get("parameters")))),
         ("tokens seen", figure(last("tokens_seen"))),
@@ -156,14 +158,8 @@ def _validation(run: Run) -> list[Markup]:
     for name, series in run.curves.get("validation", {}).items():
         if name.startswith(LEVEL):
             continue
-        words = title(name)
-        charts.append(
-            line_chart(
-                f"Validation {words if words.isupper() else words.lower()}",
-                [Curve("validation", series, "c1")],
-                unit=_unit(name),
-            )
-        )
+        heading = f"{title(name)} on validation data"
+        charts.append(line_chart(heading, [Curve(name, series, "c1")], unit=_unit(name)))
     return charts
 
 
@@ -179,8 +175,8 @@ def _levels(run: Run) -> Markup | None:
         Curve(f"{level:g}", series, f"ramp{round(i * (_RAMP - 1) / max(1, len(levels) - 1))}")
         for i, (level, series) in enumerate(levels)
     ]
-    note = "From nearly clean (0) to nearly pure noise (1)."
-    return line_chart("Validation loss by noise level", curves, note=note)
+    note = "On validation data; 0 is clean, 1 is pure noise."
+    return line_chart("Loss by noise level", curves, note=note)
 
 
 def finite_level(name: str) -> float | None:
@@ -246,7 +242,9 @@ def _incidents(run: Run, root: Path) -> Markup | None:
         )
         for incident in run.incidents
     ]
-    head = element("tr", [element("th", n, scope="col") for n in ("step", "reason", "worst samples")])
+    head = element(
+        "tr", [element("th", n, scope="col") for n in ("step", "reason", "worst samples")]
+    )
     more = run.num_incidents - len(run.incidents)
     return element(
         "details",
@@ -276,7 +274,9 @@ def _step(incident: Tree) -> str:
 def _culprits(incident: Tree) -> str:
     samples = incident.get("samples")
     samples = [mapping(s) for s in samples[:3]] if isinstance(samples, list) else []
-    words = [f"{s.get('id', '?')} “{s.get('text', '')}” (loss {s.get('loss', '?')})" for s in samples]
+    words = [
+        f"{s.get('id', '?')} “{s.get('text', '')}” (loss {s.get('loss', '?')})" for s in samples
+    ]
     return "; ".join(words) or "–"
 
 

@@ -98,19 +98,16 @@ class WordsEncoder(nn.Module):
         """Encode prompts; None or an empty string stands for no text."""
         device = self.null.device
         words = [split_words(p or "")[: self.config.max_words] for p in prompts]
+        lengths = torch.tensor([len(w) for w in words], dtype=torch.long)
         length = max([1, *(len(w) for w in words)])
-        indices = torch.zeros(2, len(words), length, dtype=torch.long)
-        mask = torch.zeros(len(words), length, dtype=torch.bool)
+        indices = torch.zeros(len(words), length, 2, dtype=torch.long)
         for row, sentence in enumerate(words):
-            for column, word in enumerate(sentence):
-                first, second = word_hashes(word)
-                indices[0, row, column] = first % self.config.buckets
-                indices[1, row, column] = second % self.config.buckets
-                mask[row, column] = True
-        absent = ~mask.any(dim=1)
-        mask[absent, 0] = True
-        indices, mask, absent = indices.to(device), mask.to(device), absent.to(device)
-        x = self.tables[0](indices[0]) + self.tables[1](indices[1])  # B S D
+            if sentence:
+                indices[row, : len(sentence)] = torch.tensor([word_hashes(w) for w in sentence])
+        indices = (indices % self.config.buckets).to(device)  # B S 2
+        mask = (torch.arange(length) < lengths.clamp(min=1)[:, None]).to(device)  # B S
+        absent = (lengths == 0).to(device)
+        x = self.tables[0](indices[..., 0]) + self.tables[1](indices[..., 1])  # B S D
         x = torch.where(absent[:, None, None], self.null.expand_as(x), x)
         x = x + self.positions.weight[:length]
         for layer in self.layers:

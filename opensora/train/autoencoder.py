@@ -31,13 +31,16 @@ class AutoencoderConfig(Config):
     vae: zoo.VAEConfig = CausalVAEConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     latent_noise: float = Field(
-        0.6, ge=0, description="decoder noise: a sample's strength is uniform up to this"
+        default=0.6, ge=0, description="decoder noise: a sample's strength is uniform up to this"
     )
     clip_frames: int | None = Field(
-        None, ge=1, description="train on random windows of this many frames; None takes all"
+        default=None,
+        ge=1,
+        description="train on random windows of this many frames; None takes all",
     )
     sample_posterior: bool = Field(
-        False, description="draw latents from the posterior; needed where loss.kl_weight counts"
+        default=False,
+        description="draw latents from the posterior; needed where loss.kl_weight counts",
     )
 
 

@@ -22,30 +22,49 @@ from opensora.train.tracking import LogConfig
 
 TaskConfig = Annotated[AutoencoderConfig | TextToVideoConfig, Field(discriminator="kind")]
 
-FREE_TO_CHANGE = ("output", "device", "log", "checkpoint", "samples", "validation", "threads")
-"""Keys that may differ between the runs before and after a resume: none moves a weight."""
+FREE_TO_CHANGE = (
+    "output",
+    "device",
+    "threads",
+    "log",
+    "checkpoint",
+    "samples",
+    "validation",
+    "micro_batch",
+    "data.num_workers",
+    "data.manifest",
+    "data.cache",
+    "data.validation",
+    "task.vae_from",
+)
+"""Keys that may differ before and after a resume. Paths are free because what they lead to is
+compared by its digest; the others move no weight, or (micro_batch) by rounding only."""
 
 
 class CheckpointConfig(Config):
     """When to save. The end of a run is always saved."""
 
-    every: int = Field(500, ge=0, description="steps between checkpoints; 0 saves at the end only")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+    every: int = Field(
+        default=500, ge=0, description="steps between checkpoints; 0 saves at the end only"
+    )
+    keep: int = Field(default=2, ge=1, description="newest checkpoints to keep")
 
 
 class ValidationConfig(Config):
     """When to measure the validation set."""
 
-    every: int = Field(500, ge=0, description="steps between passes; 0 measures at the end only")
+    every: int = Field(
+        default=500, ge=0, description="steps between passes; 0 measures at the end only"
+    )
 
 
 class SamplesConfig(Config):
     """Sample videos during training."""
 
-    every: int = Field(0, ge=0, description="steps between samples; 0 makes none")
+    every: int = Field(default=0, ge=0, description="steps between samples; 0 makes none")
     prompts: tuple[str, ...] = ()
-    steps: int = Field(20, ge=1, description="sampling steps")
-    guidance_scale: float = Field(3.0, ge=0)
+    steps: int = Field(default=20, ge=1, description="sampling steps")
+    guidance_scale: float = Field(default=3.0, ge=0)
 
     @model_validator(mode="after")
     def _needs_prompts(self) -> SamplesConfig:
@@ -58,17 +77,21 @@ class TrainConfig(Config):
     """Everything about a run; written beside its weights."""
 
     output: Path = Field(description="run folder: checkpoints, metrics, samples")
-    seed: int = Field(0, ge=0, description="of all randomness in the run")
+    seed: int = Field(default=0, ge=0, description="of all randomness in the run")
     steps: int = Field(ge=1, description="optimizer steps")
-    device: str = Field("auto", description="auto, cpu, cuda, mps")
-    threads: int | None = Field(None, ge=1, description="CPU threads a rank; None: all cores")
+    device: str = Field(default="auto", description="auto, cpu, cuda, mps")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads a rank; None: all cores"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the model's arithmetic; auto takes bf16 where it is faster"
+        default="auto", description="of the model's arithmetic; auto takes bf16 where it is faster"
     )
     micro_batch: int | None = Field(
-        None, ge=1, description="samples at a time on a rank; gradients accumulate over the rest"
+        default=None,
+        ge=1,
+        description="samples at a time on a rank; gradients accumulate over the rest",
     )
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     task: TaskConfig
     data: DataConfig
     optim: OptimConfig = MuonConfig()
@@ -92,8 +115,11 @@ class TrainConfig(Config):
         """
         mine, theirs = json.loads(self.json_text()), json.loads(saved)
         for key in FREE_TO_CHANGE:
-            mine.pop(key, None)
-            theirs.pop(key, None)
+            *parents, last = key.split(".")
+            for tree in (mine, theirs):
+                for parent in parents:
+                    tree = tree.get(parent, {})
+                tree.pop(last, None)
         changed = list(_differences(mine, theirs, ""))
         if changed:
             raise UsageError(

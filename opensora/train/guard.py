@@ -20,10 +20,14 @@ class GuardConfig(Config):
     """What counts as a step that must not reach the weights."""
 
     spike_sigmas: float = Field(
-        6.0, gt=0, description="a loss this many deviations above the recent mean is a spike"
+        default=6.0,
+        gt=0,
+        description="a loss this many deviations above the recent mean is a spike",
     )
-    window: int = Field(128, ge=8, description="accepted losses that the mean is taken over")
-    patience: int = Field(5, ge=1, description="skipped steps in a row that end the run")
+    window: int = Field(
+        default=128, ge=8, description="accepted losses that the mean is taken over"
+    )
+    patience: int = Field(default=5, ge=1, description="skipped steps in a row that end the run")
 
 
 @dataclass

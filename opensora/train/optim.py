@@ -21,9 +21,9 @@ from opensora.config import Config
 class ScheduleConfig(Config):
     """Learning rate over the run, as a factor on each group's rate."""
 
-    warmup_steps: int = Field(0, ge=0, description="linear rise from zero")
+    warmup_steps: int = Field(default=0, ge=0, description="linear rise from zero")
     decay: Literal["constant", "cosine", "linear"] = "cosine"
-    final_factor: float = Field(0.0, ge=0, le=1, description="factor at the last step")
+    final_factor: float = Field(default=0.0, ge=0, le=1, description="factor at the last step")
 
     def factor(self, step: int, total_steps: int) -> float:
         """The factor for the update number `step` (0-based) of `total_steps`."""
@@ -41,10 +41,10 @@ class AdamWConfig(Config):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -52,10 +52,12 @@ class MuonConfig(Config):
     """Muon on the matrices (Jordan et al. 2024), AdamW on everything else."""
 
     kind: Literal["muon"] = "muon"
-    lr: float = Field(1e-2, gt=0, description="of Muon; scaled by sqrt(max(1, rows / columns))")
-    momentum: float = Field(0.95, ge=0, lt=1)
-    newton_schulz_steps: int = Field(5, ge=1)
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    lr: float = Field(
+        default=1e-2, gt=0, description="of Muon; scaled by sqrt(max(1, rows / columns))"
+    )
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    newton_schulz_steps: int = Field(default=5, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
     adamw: AdamWConfig = AdamWConfig(lr=1e-3)
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -27,9 +27,13 @@ class TextToVideoConfig(GeneratorConfig):
     """Train a denoiser, and a text encoder that is made for it, on clips or cached latents."""
 
     kind: Literal["text_to_video"] = "text_to_video"
-    vae_from: Path | None = Field(None, description="checkpoint or run of the VAE's training")
-    masks: MaskConfig = Field(MaskConfig(), description="frames given clean, by task")
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions left out")
+    vae_from: Path | None = Field(
+        default=None, description="checkpoint or run of the VAE's training"
+    )
+    masks: MaskConfig = Field(default=MaskConfig(), description="frames given clean, by task")
+    caption_dropout: float = Field(
+        default=0.1, ge=0, le=1, description="share of captions left out"
+    )
 
 
 def load_vae(path: str | Path) -> CausalVAE:

@@ -24,10 +24,10 @@ from opensora.runtime import Runtime
 class LogConfig(Config):
     """How often and where metrics go."""
 
-    every: int = Field(10, ge=1, description="steps between records")
-    bar: bool = Field(True, description="a live line on the terminal")
-    tensorboard: bool = Field(False, description="write <output>/tensorboard; extra 'log'")
-    wandb_project: str | None = Field(None, description="W&B project; extra 'log'")
+    every: int = Field(default=10, ge=1, description="steps between records")
+    bar: bool = Field(default=True, description="a live line on the terminal")
+    tensorboard: bool = Field(default=False, description="write <output>/tensorboard; extra 'log'")
+    wandb_project: str | None = Field(default=None, description="W&B project; extra 'log'")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from opensora.engine import checkpoint
 from opensora.engine.ema import EMA
 from opensora.engine.local import LocalEngine, Update
-from opensora.errors import DataError, Preempted
+from opensora.errors import DataError, Preempted, UsageError
 from opensora.runtime import Runtime, log
 from opensora.train.config import TrainConfig
 from opensora.train.guard import Guard
+from opensora.train.meter import Meter, headline
 from opensora.train.signals import Requests, listening
 from opensora.train.tasks import StepLoss, Sums, Task
-from opensora.train.tracking import Bar, Tracker, peak_memory_bytes
+from opensora.train.tracking import Bar, Tracker
 
 Batches = Iterator[Any]
 Sampler = Callable[[Task, int, Path, dict[str, Any]], None]
@@ -34,6 +36,11 @@ class Source(Protocol):
 
     @property
     def has_validation(self) -> bool: ...
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that decides which samples a step sees."""
+        ...
 
     def train(self, first_step: int) -> Batches:
         """This rank's batches from a step on, without end."""
@@ -71,7 +78,7 @@ class Trainer:
     ):
         self.config, self.runtime, self.task = config, runtime, task
         self.engine, self.source, self.sampler = engine, source, sampler
-        self.matmul_rate = matmul_rate
+        self.meter = Meter(matmul_rate, runtime.device)
         self.guard = Guard(config.guard)
         self.ema = EMA(task, config.ema) if config.ema is not None else None
         self.root = config.output / "checkpoints"
@@ -79,7 +86,6 @@ class Trainer:
         self.tokens_seen = 0.0
         self.seconds = 0.0
         self.shape: dict[str, Any] = {}
-        self._flops: dict[tuple, int] = {}
 
     def resume(self) -> bool:
         """Take up the newest complete checkpoint of this run, if there is one."""
@@ -92,12 +98,25 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(snapshot.ema)
         progress = snapshot.progress
+        for what, found in self._ingredients().items():
+            if progress["ingredients"][what] != found:
+                raise UsageError(
+                    f"{newest} was trained with other {what} than this run would use; use a new "
+                    f"output= for the changed run, or restore the {what} to resume"
+                )
         self.step = snapshot.step
         self.guard.restore(progress["guard"])
         self.tokens_seen, self.seconds = progress["tokens"], progress["seconds"]
         self.shape = progress["shape"]
         log.info("resumed %s at step %d of %d", newest, self.step, self.config.steps)
         return True
+
+    def _ingredients(self) -> dict[str, str]:
+        """Digests of what a run is made of besides its config."""
+        return {
+            "data": self.source.identity,
+            "frozen weights": checkpoint.identity(self.task.frozen()),
+        }
 
     def save(self) -> Path | None:
         """Commit a checkpoint; every rank waits until it stands."""
@@ -116,6 +135,7 @@ class Trainer:
                     "tokens": self.tokens_seen,
                     "seconds": self.seconds,
                     "shape": self.shape,
+                    "ingredients": self._ingredients(),
                 },
             )
             path = checkpoint.save(self.root, snapshot, keep=self.config.checkpoint.keep)
@@ -153,54 +173,57 @@ class Trainer:
     def _loop(self, batches: Batches, requests: Requests, bar: Bar) -> None:
         config = self.config
         self.task.train()
-        window_start, window_tokens, window_flops, window_steps = time.monotonic(), 0.0, 0.0, 0
+        self.meter.read()
         while self.step < config.steps:
+            began = time.monotonic()
             batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data ended at step {self.step} of {config.steps}")
-            began = time.monotonic()
-            totals, update, flops = self._step(batch)
+            totals, update = self._step(batch)
             self.step += 1
             self.tokens_seen += totals.tokens
-            self.seconds += time.monotonic() - began
-            window_tokens += totals.tokens
-            window_flops += flops
-            window_steps += 1
-            due = self.step % config.log.every == 0 or self.step == config.steps
-            if due:
-                elapsed = max(1e-9, time.monotonic() - window_start)
-                rates = (window_steps / elapsed, window_tokens / elapsed, window_flops / elapsed)
-                self._report(totals, update, rates, bar)
-                window_start, window_tokens, window_flops = time.monotonic(), 0.0, 0.0
-                window_steps = 0
             paused = time.monotonic()
-            self._periodic()
-            asked = requests.agreed(self.runtime)
-            saves = config.checkpoint.every
-            last = self.step == config.steps
-            if not last and (asked.stop or asked.save or (saves and self.step % saves == 0)):
-                self.save()
-            if asked.stop and not last:
-                raise Preempted(
-                    f"stopped by a signal after step {self.step} of {config.steps}; everything is "
-                    f"saved in {self.root}, run the same command to go on"
-                )
-            window_start += time.monotonic() - paused
+            self.seconds += paused - began
+            if self.step % config.log.every == 0 or self.step == config.steps:
+                self._report(totals, update, bar)
+                paused = time.monotonic()
+            self._between_steps(requests)
+            self.meter.pause(time.monotonic() - paused)
         self._finish()
 
-    def _step(self, batch: Any) -> tuple[Totals, Update, int]:
+    def _between_steps(self, requests: Requests) -> None:
+        """Validation, samples and checkpoints where they are due, and requests from outside."""
+        config, asked = self.config, requests.agreed(self.runtime)
+        if self.step == config.steps:
+            return
+        if _due(self.step, config.validation.every):
+            self.validate()
+        if _due(self.step, config.samples.every) and self.sampler is not None:
+            self._sample()
+        if asked.stop or asked.save or _due(self.step, config.checkpoint.every):
+            self.save()
+        if asked.stop:
+            raise Preempted(
+                f"stopped by a signal after step {self.step} of {config.steps}; everything is "
+                f"saved in {self.root}, run the same command to go on"
+            )
+
+    def _step(self, batch: Any) -> tuple[Totals, Update]:
         """One optimizer step: micro-batches, one exchange of sums, a verdict, an update."""
         config = self.config
         parts = split(batch, config.micro_batch)
         outputs: list[StepLoss] = []
         flops = 0
         for number, part in enumerate(parts):
-            output, cost = self._counted(part, last=number == len(parts) - 1)
+            last = number == len(parts) - 1
+            work = partial(self.engine.backward, part, self.step, last=last)
+            output, cost = self.meter.counted(_shape(part), work)
             outputs.append(output)
             flops += cost
         tokens = sum(self.task.tokens(part) for part in parts)
         self.shape = max(self.shape, self.task.shape(batch), key=_pixels)
         totals = self._totals(outputs, tokens, getattr(batch, "replaced", 0))
+        self.meter.add(tokens=totals.tokens, flops=flops * self.runtime.world_size)
         loss = totals.loss / max(1.0, totals.count)
         reason: list[str | None] = [None]
 
@@ -220,17 +243,7 @@ class Trainer:
         if reason[0] is not None:
             self._name_offenders(batch, outputs, reason[0], update)
         self.guard.record(loss, reason[0], step=self.step)
-        return totals, update, flops * self.runtime.world_size
-
-    def _counted(self, part: Any, *, last: bool) -> tuple[StepLoss, int]:
-        """Run a micro-batch; the first of each shape also counts its FLOPs."""
-        key = _shape(part)
-        if key in self._flops:
-            return self.engine.backward(part, self.step, last=last), self._flops[key]
-        with FlopCounterMode(display=False) as counter:
-            output = self.engine.backward(part, self.step, last=last)
-        self._flops[key] = counter.get_total_flops()
-        return output, self._flops[key]
+        return totals, update
 
     def _totals(self, outputs: list[StepLoss], tokens: int, replaced: int) -> Totals:
         names = sorted(outputs[0].metrics)
@@ -269,47 +282,25 @@ class Trainer:
             }
         )
 
-    def _report(
-        self, totals: Totals, update: Update, rates: tuple[float, float, float], bar: Bar
-    ) -> None:
-        steps_per_second, tokens_per_second, flops_per_second = rates
-        share = flops_per_second / self.matmul_rate if self.matmul_rate else 0.0
-        memory = peak_memory_bytes(self.runtime.device)
-        eta = (self.config.steps - self.step) / steps_per_second
+    def _report(self, totals: Totals, update: Update, bar: Bar) -> None:
+        config, figures = self.config, self.meter.read()
+        eta = (config.steps - self.step) / figures["steps_per_second"]
         values = {
             **totals.metrics,
+            **figures,
             "gradient_norm": update.gradient_norm,
             "skipped": not update.accepted,
-            "lr_factor": self.config.optim.schedule.factor(self.step - 1, self.config.steps),
-            "steps_per_second": steps_per_second,
-            "tokens_per_second": tokens_per_second,
-            "flops_per_second": flops_per_second,
-            "matmul_share": share,
-            "peak_memory_bytes": memory,
+            "lr_factor": config.optim.schedule.factor(self.step - 1, config.steps),
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.seconds,
             "eta_seconds": eta,
             "replaced_samples": totals.replaced,
         }
         self.tracker.record("train", self.step, values)
-        figures = (
-            f"loss {totals.metrics['loss']:.4f} {steps_per_second:.2f} it/s "
-            f"{_short(tokens_per_second)} tok/s {share:.0%} of matmul {memory / 2**30:.1f} GiB"
-        )
-        every = max(1, self.config.steps // 20)
-        near = self.step % every < self.config.log.every or self.step == self.config.steps
-        bar.update(self.step, figures, eta_seconds=eta, print_line=near)
-
-    def _periodic(self) -> None:
-        """Validation and sample videos, on the averaged weights."""
-        config = self.config
-        due = lambda every: every and self.step % every == 0  # noqa: E731
-        if self.step == config.steps:
-            return
-        if due(config.validation.every):
-            self.validate()
-        if due(config.samples.every) and self.sampler is not None:
-            self._sample()
+        often = max(config.log.every, config.steps // 20)
+        shown = self.step % often < config.log.every or self.step == config.steps
+        line = headline(totals.metrics["loss"], figures)
+        bar.update(self.step, line, eta_seconds=eta, print_line=shown)
 
     def validate(self) -> dict[str, float] | None:
         """Metrics of the validation set on the averaged weights, recorded and returned."""
@@ -346,10 +337,8 @@ class Trainer:
         self.runtime.barrier()
         self.task.train()
 
-    def averaged(self) -> Any:
+    def averaged(self) -> AbstractContextManager[None]:
         """A context in which the task carries its averaged weights, where such are kept."""
-        from contextlib import nullcontext
-
         return self.ema.swapped() if self.ema is not None else nullcontext()
 
     def _finish(self) -> None:
@@ -383,8 +372,8 @@ def _pixels(shape: dict[str, Any]) -> int:
     return shape["num_frames"] * shape["height"] * shape["width"] if shape else 0
 
 
-def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _headline(values: dict[str, float]) -> str:

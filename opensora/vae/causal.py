@@ -31,20 +31,28 @@ class CausalVAEConfig(Config):
     """Architecture of `CausalVAE`. Stages go from fine to coarse, each halving the picture."""
 
     kind: Literal["causal"] = "causal"
-    patch: int = Field(2, ge=1, description="side of the pixel squares folded into channels first")
-    widths: tuple[int, ...] = Field((64, 128, 256), description="channels of each stage")
-    blocks: tuple[int, ...] = Field((1, 1, 2), description="encoder residual blocks of each stage")
-    decoder_blocks: tuple[int, ...] = Field((1, 1, 2), description="the same for the decoder")
+    patch: int = Field(
+        default=2, ge=1, description="side of the pixel squares folded into channels first"
+    )
+    widths: tuple[int, ...] = Field(default=(64, 128, 256), description="channels of each stage")
+    blocks: tuple[int, ...] = Field(
+        default=(1, 1, 2), description="encoder residual blocks of each stage"
+    )
+    decoder_blocks: tuple[int, ...] = Field(
+        default=(1, 1, 2), description="the same for the decoder"
+    )
     temporal_kernel: tuple[int, ...] = Field(
-        (1, 3, 3), description="frames that each stage's convolutions span"
+        default=(1, 3, 3), description="frames that each stage's convolutions span"
     )
     spatial_down: tuple[bool, ...] = Field(
-        (True, True), description="whether the step after each stage but the last halves the size"
+        default=(True, True),
+        description="whether the step after each stage but the last halves the size",
     )
     temporal_down: tuple[bool, ...] = Field(
-        (True, True), description="whether the step after each stage but the last halves time"
+        default=(True, True),
+        description="whether the step after each stage but the last halves time",
     )
-    latent_channels: int = Field(8, ge=1)
+    latent_channels: int = Field(default=8, ge=1)
 
     @model_validator(mode="after")
     def _stages_agree(self) -> CausalVAEConfig:

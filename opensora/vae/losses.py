@@ -7,6 +7,7 @@ adversarial ones.
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from opensora.vae.discriminator import (
     generator_term,
     idle_term,
 )
-from opensora.vae.perceptual import PerceptualConfig, load_perceptual
+from opensora.vae.perceptual import PerceptualConfig, PerceptualDistance, load_perceptual
 
 
 class AutoencoderLossConfig(Config):
@@ -90,7 +91,7 @@ def laplacian_distance(difference: Tensor, *, scales: int = 3) -> Tensor:
 
 
 class AutoencoderLoss(nn.Module):
-    """The weighted sum of the terms. Its trainable parameters are the discriminator's.
+    """The weighted sum of the terms. Its parameters are the discriminator's.
 
     An optimizer has to be given them beside the autoencoder's; the one backward of the sum gives
     each player its own gradient.
@@ -102,11 +103,13 @@ class AutoencoderLoss(nn.Module):
     def __init__(self, config: AutoencoderLossConfig):
         super().__init__()
         self.config = config
-        self.perceptual = self.discriminator = None
+        # Out of the module tree: VGG is neither trained nor averaged nor saved.
+        self._frozen: dict[str, PerceptualDistance] = {}
         if config.perceptual is not None:
-            self.perceptual = load_perceptual(
+            self._frozen["perceptual"] = load_perceptual(
                 vgg=config.perceptual.vgg, heads=config.perceptual.heads
             )
+        self.discriminator = None
         if config.adversarial is not None:
             self.discriminator = PatchDiscriminator(
                 width=config.adversarial.width, depth=config.adversarial.depth
@@ -147,9 +150,10 @@ class AutoencoderLoss(nn.Module):
         if config.l2:
             terms["l2"] = (config.l2, difference.square().flatten(1).mean(dim=1))
         if config.laplacian:
-            terms["laplacian"] = (config.laplacian, laplacian_distance(difference))
-        if config.perceptual is not None and self.perceptual is not None:
-            distance = self.perceptual.of_videos(videos, pixels)
+            with torch.autocast(videos.device.type, enabled=False):
+                terms["laplacian"] = (config.laplacian, laplacian_distance(difference))
+        if config.perceptual is not None:
+            distance = self._frozen["perceptual"].to(videos.device).of_videos(videos, pixels)
             terms["perceptual"] = (config.perceptual.weight, distance)
         return terms
 

@@ -63,7 +63,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
-        """The last ReLU of each stage, scaled to unit length along channels.
+        """The last ReLU of each stage, float32, scaled to unit length along channels.
 
         Args:
             pictures: float (N, 3, H, W) in [-1, 1].
@@ -76,8 +76,10 @@ class PerceptualDistance(nn.Module):
                 x = functional.max_pool2d(x, 2)
             for _ in stage:
                 x = functional.relu(next(convolutions)(x))
-            # Inside the root, or features that are all zero have no gradient but NaN.
-            found.append(x * (x.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt())
+            # In float32, because the distance is a difference of nearly equal numbers. The small
+            # number is inside the root, or features that are all zero have no gradient but NaN.
+            exact = x.float()
+            found.append(exact * (exact.square().sum(dim=1, keepdim=True) + 1e-10).rsqrt())
         return found
 
     def forward(self, pictures: Tensor, references: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ class PerceptualDistance(nn.Module):
             )
         with torch.no_grad():
             expected = self.features(references)
-        total = pictures.new_zeros(len(pictures))
+        total = torch.zeros(len(pictures), device=pictures.device)
         for ours, theirs, head in zip(self.features(pictures), expected, self.heads, strict=True):
             weighted = (ours - theirs).square() * head.view(-1, 1, 1)
             total = total + weighted.sum(dim=1).mean(dim=(1, 2))

@@ -185,9 +185,9 @@ def test_an_unreadable_clip_is_named_counted_and_always_replaced_alike(tmp_path,
 def test_too_many_unreadable_rows_end_the_run(tmp_path):
     read = FakeRead(frozenset(range(5)))
     dataset, plan = pipeline(tmp_path, 40, read=read, max_bad_fraction=0.1)
-    with pytest.raises(DataError, match=r"5 of 40 rows are unreadable, more than max_bad_fraction"):
-        for step in range(40):
-            dataset[plan.batch(step)]
+    told = r"5 of 40 rows are unreadable, more than max_bad_fraction=0.1 allows"
+    with pytest.raises(DataError, match=told):
+        list(batches(dataset, plan, num_steps=40))
     dataset, plan = pipeline(tmp_path, 40, read=read, max_bad_fraction=0.125)
     for step in range(20):
         dataset[plan.batch(step)]
@@ -195,7 +195,7 @@ def test_too_many_unreadable_rows_end_the_run(tmp_path):
 
 def test_a_bucket_without_one_readable_clip_is_an_error_not_a_loop(tmp_path):
     dataset, plan = pipeline(tmp_path, 4, read=FakeRead(frozenset(range(4))))
-    with pytest.raises(DataError, match="neither row .* nor its 8 stand-ins"):
+    with pytest.raises(DataError, match=r"neither row \d nor its 8 stand-ins"):
         dataset[plan.batch(0)]
 
 
@@ -222,7 +222,7 @@ def test_workers_change_neither_content_nor_order_from_any_step(tmp_path, contex
                 plan,
                 first,
                 num_steps=12 - first,
-                num_workers=2,
+                num_workers=2 if context == "fork" else 1,
                 multiprocessing_context=context,
             )
         )
@@ -297,7 +297,7 @@ def test_what_one_worker_found_unreadable_the_others_know(tmp_path):
     dataset, plan = pipeline(tmp_path, 30, read=FakeRead(frozenset({3})), quarantine=quarantine)
     total = sum(batch.replaced for batch in batches(dataset, plan, num_steps=30, num_workers=2))
     assert total == 4
-    assert len(quarantine) == 1
+    assert quarantine.count == 1
     assert 3 in quarantine
 
 

@@ -176,6 +176,20 @@ def test_the_perceptual_term_comes_from_the_configured_weights(batch, monkeypatc
     assert_close(metrics["perceptual"], distance.detach().mean())
 
 
+def test_the_perceptual_network_is_neither_trained_nor_saved(batch, monkeypatch):
+    monkeypatch.setattr("opensora.vae.losses.load_perceptual", lambda **_: PerceptualDistance())
+    criterion = AutoencoderLoss(AutoencoderLossConfig(perceptual={"vgg": "a", "heads": "b"}))
+    assert not list(criterion.parameters())
+    assert not criterion.state_dict()
+
+
+def test_a_surrounding_autocast_does_not_round_the_pixel_terms(batch):
+    criterion = AutoencoderLoss(AutoencoderLossConfig(l2=1, laplacian=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = criterion(*batch, 0)
+    assert torch.equal(inside, criterion(*batch, 0)[0])
+
+
 def test_half_precision_reconstructions_are_judged_in_float32(batch):
     reconstruction, pixels, mean, log_variance = batch
     loss, _ = AutoencoderLoss(AutoencoderLossConfig())(

@@ -1,0 +1,165 @@
+"""The quickstart: every stage of the pipeline as the command that a user would type.
+
+Each stage is an `opensora` command that skips what is done and goes on where it was stopped, so
+this program only orders them, times them, and writes down what it ran in `commands.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
+NUM_CLIPS = 3000
+NUM_VALIDATION = 64
+VALIDATION_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named command line of `opensora`."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def assign(key: str, value: object) -> str:
+    """A dotted override whose value survives YAML whatever characters a path has."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
+
+
+def training(output: Path, train: Path, validation: Path, changes: list[str]) -> Iterator[Stage]:
+    """Train the VAE, encode, train the generator."""
+    vae, latents = output / "vae", output / "latents"
+    places = [
+        assign("output", vae),
+        assign("data.manifest", train),
+        assign("data.validation", validation),
+    ]
+    yield Stage("train the VAE", ("train", f"{CONFIGS / 'vae.yaml'}", *places))
+    for name, manifest in (("train", train), ("validation", validation)):
+        places = [
+            assign("output", latents / name),
+            assign("vae_from", vae),
+            assign("manifest", manifest),
+        ]
+        yield Stage(f"encode {name} clips", ("encode", f"{CONFIGS / 'encode.yaml'}", *places))
+    places = [
+        assign("output", output / "t2v"),
+        assign("task.vae_from", vae),
+        assign("data.cache", latents / "train"),
+        assign("data.validation", latents / "validation"),
+    ]
+    stage = ("train", f"{CONFIGS / 'stdit.yaml'}", *places, *changes)
+    yield Stage("train text-to-video", stage)
+
+
+def scenes(output: Path) -> Iterator[Stage]:
+    """The pipeline on rendered scenes, judged against what their captions promise."""
+    config = ("--config", f"{CONFIGS / 'scenes.yaml'}")
+    train, validation = output / "data" / "train", output / "data" / "validation"
+    for folder, split, count in (
+        (train, "train", NUM_CLIPS),
+        (validation, "heldout", NUM_VALIDATION),
+    ):
+        options = ("--count", f"{count}", "--split", split, "--workers", "2", *config)
+        yield Stage(f"render {folder.name} clips", ("data", "render", f"{folder}", *options))
+    manifests = (train / "manifest.csv", validation / "manifest.csv")
+    yield from training(output, *manifests, [])
+    options = ("--config", f"{CONFIGS / 'arena.yaml'}", "--output", f"{output}")
+    yield Stage("sample and judge", ("eval", f"{output / 't2v'}", *options))
+    yield Stage("report", ("report", f"{output}"))
+
+
+def footage(output: Path, videos: Path) -> Iterator[Stage]:
+    """The same pipeline on a folder of videos; there is no truth to judge against."""
+    manifest = output / "data" / "all.csv"
+    captions = videos / "captions.csv"
+    options = ("--captions", f"{captions}") if captions.exists() else ()
+    probe = ("data", "probe", f"{videos}", "--output", f"{manifest}", *options)
+    yield Stage("probe the videos", probe)
+    train, validation = split(manifest)
+    prompts = prompts_of(train)
+    quoted = json.dumps(prompts[:4], ensure_ascii=False)
+    yield from training(output, train, validation, [f"samples.prompts={quoted}"])
+    text = output / "data" / "prompts.txt"
+    text.write_text("\n".join(prompts[:16]) + "\n", encoding="utf-8")
+    options = ("--file", f"{text}", "--output", f"{output / 'samples'}")
+    yield Stage("sample", ("sample", f"{output / 't2v'}", *options))
+    yield Stage("report", ("report", f"{output}"))
+
+
+def split(manifest: Path) -> tuple[Path, Path]:
+    """Every so many-th row becomes validation; the two tables stand beside the manifest."""
+    with open(manifest, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), list(reader.fieldnames or [])
+    parts = {
+        "train.csv": [r for i, r in enumerate(rows) if i % VALIDATION_EVERY or len(rows) < 2],
+        "validation.csv": [r for i, r in enumerate(rows) if i % VALIDATION_EVERY == 0],
+    }
+    for name, part in parts.items():
+        with open(manifest.parent / name, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(part)
+    return manifest.parent / "train.csv", manifest.parent / "validation.csv"
+
+
+def prompts_of(manifest: Path) -> list[str]:
+    """The distinct captions of a manifest, in order."""
+    with open(manifest, encoding="utf-8", newline="") as file:
+        return list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+
+
+def run(stages: Iterator[Stage], output: Path) -> int:
+    """Run the stages until one fails; returns the exit code."""
+    log: list[dict[str, object]] = []
+    began = time.monotonic()
+    for number, stage in enumerate(stages, 1):
+        command = [sys.executable, "-m", "opensora", *stage.arguments]
+        shown = shlex.join(["opensora", *stage.arguments])
+        print(f"\n[{number}] {stage.name}\n    {shown}", flush=True)
+        started = time.monotonic()
+        code = subprocess.run(command, check=False).returncode
+        seconds = round(time.monotonic() - started, 1)
+        log.append({"command": shown, "seconds": seconds, "exit": code})
+        path = output / "commands.json"
+        path.write_text(json.dumps(log, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if code:
+            print(f"\nstage '{stage.name}' ended with exit code {code}", file=sys.stderr)
+            if code == 75:
+                print("run the same command again to go on", file=sys.stderr)
+            return code
+        print(f"    {seconds:.0f} s", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    print(f"\nDone in {minutes:.1f} minutes. Open {output / 'report.html'}")
+    return 0
+
+
+def main() -> int:
+    """Parse the two options and run."""
+    parser = argparse.ArgumentParser(description="The quickstart's stages, one after the other.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--videos", type=Path, help="a folder of your own videos")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    (output / "data").mkdir(parents=True, exist_ok=True)
+    if options.videos is None:
+        return run(scenes(output), output)
+    if not options.videos.is_dir():
+        print(f"quickstart: {options.videos} is not a folder", file=sys.stderr)
+        return 64
+    return run(footage(output, options.videos.resolve()), output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
