@@ -26,6 +26,9 @@ from opensora.arena.truth import record
 from opensora.errors import DataError, UsageError
 from opensora.runtime import address
 
+SAMPLER = 1
+"""Counts changes of `scenes.sample` that make another scene of the same config and index."""
+
 COLUMNS = ("id", "path", "text", "num_frames", "height", "width", "fps")
 
 _PATIENCE = 400  # scenes without a new caption after which there is taken to be none
@@ -54,7 +57,7 @@ def write_dataset(
         progress: called with (done, count) after each file, in this process.
 
     Raises:
-        UsageError: when `out_dir` holds scenes of another config, seed or split.
+        UsageError: when `out_dir` holds scenes of another config, seed, split or sampler.
     """
     if count < 1:
         raise UsageError(f"count={count}: render at least one scene")
@@ -172,7 +175,8 @@ def _video(out: Path, split: Split, index: int) -> Path:
 def _claim(out: Path, config: SceneConfig, seed: int, split: Split) -> None:
     """Note what the folder holds, or refuse a folder that holds something else."""
     note = out / "scenes.json"
-    wanted = {"seed": seed, "split": split, "config": config.model_dump(mode="json")}
+    scenes = {"seed": seed, "split": split, "config": config.model_dump(mode="json")}
+    wanted = {"sampler": SAMPLER, **scenes}
     text = json.dumps(wanted, indent=2, sort_keys=True) + "\n"
     if not note.exists():
         _replace(note, text)
@@ -183,7 +187,7 @@ def _claim(out: Path, config: SceneConfig, seed: int, split: Split) -> None:
         raise DataError(f"{note} cannot be read ({error}): delete it") from None
     if found != json.loads(text):
         raise UsageError(
-            f"{out} holds scenes of another config, seed or split (see {note.name}): "
+            f"{out} holds scenes of another config, seed, split or sampler (see {note.name}): "
             "write to another folder, or delete this one"
         )
 

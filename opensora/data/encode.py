@@ -24,18 +24,17 @@ from opensora.config import Config
 from opensora.data.assignment import BucketAssigner
 from opensora.data.buckets import Bucket
 from opensora.data.clips import ClipReader, Quarantine
-from opensora.data.latents import (
+from opensora.data.latents import INDEX_KIND, INDEX_NAME
+from opensora.data.loading import answers
+from opensora.data.plan import Batch, once
+from opensora.data.shards import (
     ENTRIES_NAME,
-    INDEX_KIND,
-    INDEX_NAME,
     SHARD_KIND,
-    TENSORS_NAME,
     Entry,
+    ShardWriter,
     read_entries,
     write_entries,
 )
-from opensora.data.loading import answers
-from opensora.data.plan import Batch, once
 from opensora.disk import preflight
 from opensora.errors import DataError
 from opensora.store import complete_folders, remove, write
@@ -108,7 +107,9 @@ def encode(
     quarantine = Quarantine(
         len(job.reader.manifest), job.reader.max_bad_fraction, job.directory / "quarantine.csv"
     )
-    writer = _ShardWriter(job, rank)
+    dtype = getattr(torch, job.config.dtype)
+    meta = {"identity": job.identity}
+    writer = ShardWriter(job.directory, rank, dtype, job.config.shard_bytes, meta)
     num_done = num_encoded = 0
     for batch, sources in zip(
         pending, answers(_Sources(job.reader), iter(pending), num_workers=num_workers), strict=True
@@ -116,10 +117,14 @@ def encode(
         for row, reason in sources.refused:
             quarantine.add(row, job.reader.manifest.location(row), reason)
         if sources.pixels is not None:
-            added = writer.add(sources, *_encoded(job, sources), batch.bucket)
+            latents, features = _encoded(job, sources)
+            num_bytes = 0
+            for index, (row, file) in enumerate(zip(sources.rows, sources.files, strict=True)):
+                entry = _entry(job, row, batch.bucket, file)
+                num_bytes += writer.add(entry, latents[index], features, index)
             if num_encoded == 0:
-                preflight(job.directory, num_bytes=added // len(sources.files) * total)
-            num_encoded += len(sources.files)
+                preflight(job.directory, num_bytes=num_bytes * total // len(sources.rows))
+            num_encoded += len(sources.rows)
         num_done += len(batch.rows)
         if progress is not None:
             progress(num_done, total)
@@ -152,8 +157,9 @@ def publish(job: EncodeJob) -> int:
         )
     meta = {"identity": job.identity, "num_rows": num_rows, "unreadable": unreadable}
     with write(job.directory / INDEX_NAME, kind=INDEX_KIND, meta=meta, replace=True) as folder:
-        write_entries([current[row] for row in sorted(current)], folder / ENTRIES_NAME)
-    used = {entry.shard for entry in current.values()}
+        chosen = [current[row] for row in sorted(current)]
+        write_entries(chosen, folder / ENTRIES_NAME)
+    used = {entry.shard for entry in chosen}
     for shard in complete_folders(job.directory, kind=SHARD_KIND):
         if shard.name not in used:
             remove(shard)
@@ -188,63 +194,6 @@ class _Sources:
         return self.Answer(rows, torch.stack(pixels) if pixels else None, files, refused)
 
 
-class _ShardWriter:
-    """Gathers encoded clips and writes them away in shards."""
-
-    def __init__(self, job: EncodeJob, rank: int) -> None:
-        self._job = job
-        self._rank = rank
-        taken = [p.name.split("-")[1] for p in job.directory.glob(f"shard-*-rank{rank:03d}")]
-        self._number = 1 + max(map(int, taken), default=-1)
-        self._entries: list[Entry] = []
-        self._tensors: dict[str, Tensor] = {}
-        self._num_bytes = 0
-
-    def add(
-        self, sources: _Sources.Answer, latents: Tensor, features: Condition | None, bucket: Bucket
-    ) -> int:
-        """Take a batch in; returns its bytes."""
-        job, before = self._job, self._num_bytes
-        manifest = job.reader.manifest
-        for index, (row, file) in enumerate(zip(sources.rows, sources.files, strict=True)):
-            place = (bucket.resolution, bucket.num_frames, bucket.height, bucket.width)
-            fps, recipe = job.reader.fps(row), job.recipe(row, bucket)
-            entry = Entry(row, manifest.texts[row], fps, *place, self._name, recipe, *file)
-            self._entries.append(entry)
-            tensors = {entry.name: latents[index]}
-            if features is not None:
-                tensors |= _text_tensors(entry.name, features, index)
-            for name, tensor in tensors.items():
-                self._tensors[name] = self._stored(tensor)
-                self._num_bytes += self._tensors[name].nbytes
-        added = self._num_bytes - before
-        if self._num_bytes >= job.config.shard_bytes:
-            self.close()
-        return added
-
-    def close(self) -> None:
-        """Write what is gathered, if anything."""
-        if not self._entries:
-            return
-        from safetensors.torch import save_file
-
-        meta = {"identity": self._job.identity, "num_entries": len(self._entries)}
-        with write(self._job.directory / self._name, kind=SHARD_KIND, meta=meta) as folder:
-            save_file(self._tensors, folder / TENSORS_NAME)
-            write_entries(self._entries, folder / ENTRIES_NAME)
-        self._number += 1
-        self._entries, self._tensors, self._num_bytes = [], {}, 0
-
-    @property
-    def _name(self) -> str:
-        return f"shard-{self._number:06d}-rank{self._rank:03d}"
-
-    def _stored(self, tensor: Tensor) -> Tensor:
-        dtype = getattr(torch, self._job.config.dtype) if tensor.is_floating_point() else None
-        # Cloned, because a slice would keep and write the whole batch.
-        return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
-
-
 def _encoded(job: EncodeJob, sources: _Sources.Answer) -> tuple[Tensor, Condition | None]:
     assert sources.pixels is not None
     latents = job.latents(sources.pixels)
@@ -261,16 +210,21 @@ def _encoded(job: EncodeJob, sources: _Sources.Answer) -> tuple[Tensor, Conditio
     return latents, None if job.text is None else job.text(texts)
 
 
-def _text_tensors(name: str, features: Condition, index: int) -> dict[str, Tensor]:
-    """One prompt's features without the padding on the right."""
-    length = int(features.mask[index].nonzero().max()) + 1
-    tensors = {
-        f"{name}.tokens": features.tokens[index, :length],
-        f"{name}.mask": features.mask[index, :length],
-    }
-    if features.pooled is not None:
-        tensors[f"{name}.pooled"] = features.pooled[index]
-    return tensors
+def _entry(job: EncodeJob, row: int, bucket: Bucket, file: tuple[str, int, int]) -> Entry:
+    sha256, size, mtime_ns = file
+    return Entry(
+        row=row,
+        text=job.reader.manifest.texts[row],
+        fps=job.reader.fps(row),
+        resolution=bucket.resolution,
+        num_frames=bucket.num_frames,
+        height=bucket.height,
+        width=bucket.width,
+        recipe=job.recipe(row, bucket),
+        file_sha256=sha256,
+        file_size=size,
+        file_mtime_ns=mtime_ns,
+    )
 
 
 def _entries_on_disk(directory: Path) -> dict[int, Entry]:

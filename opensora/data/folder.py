@@ -48,13 +48,13 @@ class ProbeOptions:
     """How files are probed.
 
     Attributes:
-        count: 'packets' is fast; 'decode' decodes every frame and finds all damage.
+        count: 'decode' looks at every frame and finds all damage; 'packets' is many times faster.
         limits: what reading one file may cost.
         num_threads: files looked at together.
         progress: called with the files done so far and their number.
     """
 
-    count: Count = "packets"
+    count: Count = "decode"
     limits: Limits = DEFAULT_LIMITS
     num_threads: int = 4
     progress: Callable[[int, int], None] | None = None

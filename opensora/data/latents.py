@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +21,14 @@ from torch.utils.data import Dataset
 from opensora.data.assignment import Assignment, Census
 from opensora.data.buckets import Bucket, BucketsConfig, Triple, levels
 from opensora.data.plan import Batch
+from opensora.data.shards import ENTRIES_NAME, SHARD_KIND, TENSORS_NAME, Entry, read_entries
 from opensora.errors import DataError
 from opensora.store import is_complete, open_verified, read_manifest
 from opensora.types import Condition, LatentBatch, concatenate
 
-SHARD_KIND = "latents"
 INDEX_KIND = "latent-index"
 INDEX_NAME = "index"
-TENSORS_NAME = "latents.safetensors"
-ENTRIES_NAME = "entries.json"
 REENCODE = "encode again with `opensora encode`"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One encoded clip.
-
-    Attributes:
-        row: of the manifest, the sample id.
-        text: caption.
-        fps: frames per second of the pixels.
-        resolution, num_frames, height, width: the bucket it was cut for.
-        shard: name of the folder that holds its tensors.
-        recipe: digest of everything but the file that the latents depend on.
-        file_sha256, file_size, file_mtime_ns: the file it was cut from.
-    """
-
-    row: int
-    text: str
-    fps: float
-    resolution: str
-    num_frames: int
-    height: int
-    width: int
-    shard: str
-    recipe: str
-    file_sha256: str
-    file_size: int
-    file_mtime_ns: int
-
-    @property
-    def name(self) -> str:
-        """The latents' name among the tensors; text features add '.tokens', '.mask', '.pooled'."""
-        return f"{self.row:08d}"
-
-
-def write_entries(entries: list[Entry], path: Path) -> None:
-    """Entries as JSON, column by column."""
-    columns = {f.name: [getattr(entry, f.name) for entry in entries] for f in fields(Entry)}
-    path.write_text(json.dumps(columns, ensure_ascii=False), encoding="utf-8")
-
-
-def read_entries(path: Path) -> list[Entry]:
-    """Entries as `write_entries` wrote them."""
-    columns = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Entry(*values) for values in zip(*(columns[f.name] for f in fields(Entry)), strict=True)
-    ]
 
 
 class LatentCache:

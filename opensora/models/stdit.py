@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from opensora.config import Config
 from opensora.ops.attention import attend
-from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, patchify, unpatchify
-from opensora.ops.positions import rotary_angles, rotate, sincos_2d
+from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, normalise, patchify, unpatchify
+from opensora.ops.positions import rotary_phases, rotate, sincos_2d
 from opensora.types import Condition
 
 
@@ -79,11 +79,15 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # N L K d
-        q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+    def forward(self, x: Tensor, phases: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # N L 3 K d
+        # Queries and keys go through norm and rotation together: half the passes over memory.
+        weights = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)  # 2 1 d
+        qk = normalise(qkv[:, :, :2], weights).flatten(2, 3)  # N L 2K d
+        if phases is not None:
+            qk = rotate(qk, phases)
+        q, k = qk.unflatten(2, (2, -1)).unbind(2)
+        v = qkv[:, :, 2]
         return self.proj(attend(q, k, v).flatten(2))  # N L D
 
 
@@ -105,11 +109,11 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens are: the grid of a frame, the window, and rotary angles of what attends."""
+    """Where tokens are: the grid of a frame, the window, and rotary phases of what attends."""
 
     grid: tuple[int, int]
     window: tuple[int, int]
-    angles: tuple[Tensor, Tensor]
+    phases: Tensor
 
 
 class STDiTBlock(nn.Module):
@@ -145,7 +149,7 @@ class STDiTBlock(nn.Module):
             x = self.attn(rearrange(x, "b t n d -> (b t) n d"))
             return rearrange(x, "(b t) n d -> b t n d", t=frames)
         if self.window is None:
-            x = self.attn(rearrange(x, "b t n d -> (b n) t d"), places.angles)
+            x = self.attn(rearrange(x, "b t n d -> (b n) t d"), places.phases)
             return rearrange(x, "(b n) t d -> b t n d", b=batch)
         down, across = places.window
         rows, columns = places.grid[0] // down, places.grid[1] // across
@@ -157,7 +161,7 @@ class STDiTBlock(nn.Module):
             j=columns,
             x=across,
         )
-        x = self.attn(x, places.angles)
+        x = self.attn(x, places.phases)
         return rearrange(
             x,
             "(b i j) (t y x) d -> b t (i y j x) d",
@@ -276,13 +280,13 @@ class STDiT(nn.Module):
         head = self.config.width // self.config.num_heads
         time = torch.arange(frames, device=device)
         if self.config.window is None:
-            return Places(grid, (1, 1), rotary_angles(time[:, None], (head,)))
+            return Places(grid, (1, 1), rotary_phases(time[:, None], (head,)))
         sides = zip(grid, self.config.window, strict=True)
         down, across = (max(k for k in range(1, w + 1) if g % k == 0) for g, w in sides)
         axes = (time, torch.arange(down, device=device), torch.arange(across, device=device))
         positions = torch.cartesian_prod(*axes)  # L 3
         each = head // 3 // 2 * 2
-        return Places(grid, (down, across), rotary_angles(positions, (head - 2 * each, each, each)))
+        return Places(grid, (down, across), rotary_phases(positions, (head - 2 * each, each, each)))
 
     def _context(self, cond: Condition) -> Tensor:
         """(B, D): what is said of the whole clip."""

@@ -42,6 +42,21 @@ class ScalarEmbedder(nn.Module):
         return self.mlp(code.to(self.mlp[0].weight.dtype))
 
 
+def normalise(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), times a weight.
+
+    As torch's rms_norm, but the weight may differ along the dims before the last, so that several
+    norms are one pass.
+
+    Args:
+        x: float (..., d).
+        weight: broadcastable to x.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale * weight).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's affine part (Peebles & Xie 2023): x * (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)

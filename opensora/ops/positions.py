@@ -48,10 +48,8 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int, *, max_period: float = 10
     return torch.cat([by_column, by_row], dim=-1).reshape(height * width, dim)
 
 
-def rotary_angles(
-    positions: Tensor, dims: tuple[int, ...], *, theta: float = 10_000.0
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary code (Su et al. 2021) over one or several axes.
+def rotary_phases(positions: Tensor, dims: tuple[int, ...], *, theta: float = 10_000.0) -> Tensor:
+    """The rotary code (Su et al. 2021) over one or several axes, as unit complex numbers.
 
     Args:
         positions: float (L, A), a token's place on each axis.
@@ -59,22 +57,25 @@ def rotary_angles(
             sum do not turn.
 
     Returns:
-        Two float32 tensors (L, sum of dims), each frequency repeated for its pair (2i, 2i + 1).
+        complex64 (L, sum of dims / 2), one phase for each pair of features (2i, 2i + 1).
     """
     parts = []
     for axis, dim in enumerate(dims):
         exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
         parts.append(positions[:, axis].float()[:, None] * theta**-exponents)
-    angles = torch.cat(parts, dim=-1).repeat_interleave(2, dim=-1)
-    return angles.cos(), angles.sin()
+    angles = torch.cat(parts, dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs of features of x (B, L, K, d) by their positions' angles; norms stay."""
-    cosine, sine = (a[None, :, None, :].to(x.dtype) for a in angles)
-    still = x[..., cosine.shape[-1] :]
-    x = x[..., : cosine.shape[-1]]
-    pairs = x.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    x = x * cosine + turned * sine
-    return torch.cat([x, still], dim=-1) if still.shape[-1] else x
+def rotate(x: Tensor, phases: Tensor) -> Tensor:
+    """Turn pairs of features of x (B, L, K, d) by their positions' phases; norms stay.
+
+    Computed in float32 or wider; the result has x's dtype.
+    """
+    turning = 2 * phases.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide[..., :turning].unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * phases[:, None, :]).flatten(-2)
+    if turning < x.shape[-1]:
+        turned = torch.cat([turned, wide[..., turning:]], dim=-1)
+    return turned.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The part of the page that lets a reader do it again: commands, machine, config, what is missing."""
+"""The part of the page to do it again with: commands, machine, configs; and what is missing."""
 
 from __future__ import annotations
 

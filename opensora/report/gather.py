@@ -21,7 +21,6 @@ from opensora.report import estimates, manifests
 from opensora.report.findings import (
     MEDIA_SUFFIXES,
     Checkpoint,
-    Dataset,
     Findings,
     Gallery,
     Run,
@@ -53,37 +52,20 @@ def gather(root: Path) -> Findings:
     """Read everything under `root` that is meant for people."""
     root = root.resolve()
     notes = Notes(root)
-    runs: list[Run] = []
-    galleries: list[Gallery] = []
-    scores: list[Scores] = []
-    datasets: list[Dataset] = []
-    commands: list[Tree] = []
-    newest = 0.0
-    for folder, names in _folders(root, notes):
-        if "metrics.jsonl" in names or {"config.json", "environment.json"} <= names:
-            runs.append(_run(folder, notes))
-        if "scores.json" in names:
-            document = read_document(folder / "scores.json", notes)
-            found = estimates.parse(folder / "scores.json", document)
-            scores += [found] if found.groups else []
-        gallery = _gallery(folder, names, notes)
-        galleries += [gallery] if gallery is not None else []
-        for name in sorted(names & set(manifests.NAMES)):
-            dataset = manifests.read(folder / name, notes)
-            datasets += [dataset] if dataset is not None else []
-        if names & {"commands.json", "commands.log"}:
-            commands += read_commands(folder, notes)
-        newest = max(newest, _newest(folder, names))
-    environment = read_document(root / "environment.json", notes)
+    folders = list(_folders(root, notes))
+    scores = [_scores(folder, names, notes) for folder, names in folders]
+    galleries = [_gallery(folder, names, notes) for folder, names in folders]
+    tables = [(f / name) for f, names in folders for name in sorted(names & set(manifests.NAMES))]
+    datasets = [manifests.read(path, notes) for path in tables]
     return Findings(
         root=root,
-        runs=tuple(runs),
-        galleries=tuple(galleries),
-        scores=tuple(scores),
-        datasets=tuple(datasets),
-        commands=tuple(commands),
-        environment=environment,
-        newest=newest,
+        runs=tuple(_run(folder, notes) for folder, names in folders if _is_run(names)),
+        galleries=tuple(gallery for gallery in galleries if gallery is not None),
+        scores=tuple(found for found in scores if found is not None),
+        datasets=tuple(dataset for dataset in datasets if dataset is not None),
+        commands=tuple(row for folder, _ in folders for row in read_commands(folder, notes)),
+        environment=read_document(root / "environment.json", notes),
+        newest=max((_newest(folder, names) for folder, names in folders), default=0.0),
         notes=notes,
     )
 
@@ -124,6 +106,22 @@ def _newest(folder: Path, names: set[str]) -> float:
         except OSError:
             continue
     return max(times)
+
+
+def _is_run(names: set[str]) -> bool:
+    """A run that has recorded something, or is about to."""
+    return "metrics.jsonl" in names or {"config.json", "environment.json"} <= names
+
+
+def _scores(folder: Path, names: set[str], notes: Notes) -> Scores | None:
+    if "scores.json" not in names:
+        return None
+    path = folder / "scores.json"
+    document = read_document(path, notes)
+    scores = estimates.parse(path, document)
+    if document and not scores.groups:
+        notes.add(path, "holds no scores")
+    return scores if scores.groups else None
 
 
 def _run(folder: Path, notes: Notes) -> Run:
@@ -193,7 +191,7 @@ def _checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
 
 
 def _gallery(folder: Path, names: set[str], notes: Notes) -> Gallery | None:
-    """The samples of a folder: as `samples.jsonl` lists them, or the files of a `samples` folder."""
+    """A folder's samples: as `samples.jsonl` lists them, or the files of a `samples` folder."""
     if "samples.jsonl" in names:
         samples = _listed(folder, notes)
     elif folder.name == "samples":
@@ -247,7 +245,7 @@ def _samples_by_step(folder: Path, config: Tree, notes: Notes) -> dict[int, tupl
 
 
 def _media(names: set[str]) -> list[str]:
-    """The names that are videos or pictures; a PNG with a video's name is its still, not another."""
+    """The names of videos and pictures; a PNG with a video's name is that video's still."""
     videos = {Path(name).stem for name in names if Path(name).suffix.lower() != ".png"}
     return sorted(
         (

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
-Child: TypeAlias = "Markup | str | int | float | None | Iterable[Child]"
+Child: TypeAlias = "Markup | str | int | float | Iterable[Child] | None"
 
 _VOID = {"br", "hr", "img", "meta"}
 _NOT_XML = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -22,7 +22,7 @@ from opensora.report.gather import gather
 from opensora.report.markup import Markup, element, join
 from opensora.report.reading import finite
 from opensora.report.scale import duration
-from opensora.report.words import plural, title
+from opensora.report.words import plural
 
 PAGE_NAME = "report.html"
 MAX_BYTES = 25_000_000
@@ -177,7 +177,7 @@ def _headline(findings: Findings) -> Markup | None:
                 look, words = ("good", "✓ on target") if met else ("bad", "✗ off target")
                 mark = element("small", words, class_=look)
             share = f"{100 * estimate.mean:.1f}".removesuffix(".0") + "%"
-            tiles.append(_tile(f"{title(name)} right", share, mark))
+            tiles.append(_tile(name, share, mark))
     times = [training.seconds(run) for run in findings.runs]
     known = [time for time in times if time is not None]
     if known:

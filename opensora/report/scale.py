@@ -108,8 +108,8 @@ def figure(value: float | None, digits: int = 3, *, unit: str = "") -> str:
     """
     if unit and value is not None:
         text = figure(value, digits)
-        number = text.rstrip("kMGT")
-        return f"{number} {text[len(number) :]}{unit}"
+        digits_only = text.rstrip("kMGT")
+        return f"{digits_only} {text[len(digits_only) :]}{unit}"
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -117,9 +117,9 @@ def figure(value: float | None, digits: int = 3, *, unit: str = "") -> str:
     size = abs(value)
     if size and size < 1e-3:
         return f"{value:.{digits - 1}g}".replace("-", "−", 1 if value < 0 else 0)
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit * (0.9995 if name == "k" else 0.9999995):
-            return _significant(value / unit, digits) + name
+    for large, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= large * (1 - 0.5 * 10.0**-digits):  # what would be rounded up to it
+            return _significant(value / large, digits) + prefix
     return _significant(value, digits)
 
 

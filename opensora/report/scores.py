@@ -28,8 +28,12 @@ def section(found: Sequence[Scores], root: Path) -> Markup | None:
 def headlines(scores: Scores) -> list[tuple[str, Estimate, Target | None]]:
     """The first group's answers to the main questions, for the top of the page."""
     group = _ordered(scores.groups)[0]
-    metrics = scores.groups[group]
-    return [(n, metrics[n], scores.targets.get((group, n))) for n in HEADLINES if n in metrics]
+    whose = "" if group == ORDER[0] else f" ({plain(group)})"
+    return [
+        (f"{title(name)} right{whose}", estimate, scores.targets.get((group, name)))
+        for name in HEADLINES
+        if (estimate := scores.groups[group].get(name)) is not None
+    ]
 
 
 def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
@@ -77,8 +81,13 @@ def _table(
     scores: Scores, metrics: Sequence[str], groups: Sequence[str], looks: dict[str, str]
 ) -> Markup:
     shares = element("span", [element("span", tick) for tick in ("0", "½", "1")], class_="scale")
-    heads = ("", "", shares, "mean", "95 % interval", "videos", "target")
-    head = element("tr", [element("th", name, scope="col") for name in heads])
+    names = ("mean", "95 % interval", "videos", "target")
+    head = element(
+        "tr",
+        element("td", colspan=2),
+        element("td", shares, class_="drawn"),
+        [element("th", name, scope="col") for name in names],
+    )
     bodies = []
     for metric in metrics:
         having = [group for group in groups if metric in scores.groups[group]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def thin(series: Series, limit: int = MAX_POINTS) -> Series:
     usable = drawable(series.values)
     low = np.where(usable, series.values, math.inf)
     high = np.where(usable, series.values, -math.inf)
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         kept.add(int(start + low[start:end].argmin()))
         kept.add(int(start + high[start:end].argmax()))
     chosen = np.array(sorted(kept))

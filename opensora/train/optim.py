@@ -155,7 +155,9 @@ def build(config: AdamWConfig | MuonConfig, module: nn.Module) -> list[torch.opt
         )
     else:
         groups.append({"params": matrices, "weight_decay": adamw.weight_decay})
-    optimizers.append(torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps))
+    optimizers.append(
+        torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
+    )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

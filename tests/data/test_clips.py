@@ -5,17 +5,13 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_manifest, write_clip
+from data_support import FakeRead, assign, buckets, make_manifest, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_assignment import assign
-from test_buckets import buckets
 
 from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
 from opensora.data.loading import batches
@@ -25,22 +21,6 @@ from opensora.errors import DataError, UsageError
 from opensora.types import Clip
 
 CONFIG = buckets({"64px": {17: [1, 4]}}, aspect_ratios=["1:1"], fps=8)
-
-
-@dataclass
-class FakeRead:
-    """Stands in for `media.read_clip`: grey frames that tell the file's row and the start."""
-
-    bad: frozenset[int] = frozenset()
-    calls: list = field(default_factory=list)
-
-    def __call__(self, path, *, num_frames, fps, start, backend, limits, on_damage):
-        row = int(Path(path).stem)
-        self.calls.append((row, start, fps))
-        if row in self.bad:
-            raise DataError(f"'{path}' is bad")
-        frames = np.full((num_frames, 64, 64, 3), row, np.uint8)
-        return Clip(frames, start + np.arange(num_frames) / fps, fps, str(path))
 
 
 def pipeline(folder, num_rows, *, read, seed=0, quarantine=None, config=CONFIG, **options):

@@ -1,7 +1,7 @@
 """Probing: what a folder of videos becomes, and what is said about files that cannot be used."""
 
 import pytest
-from conftest import write_clip
+from data_support import write_clip
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +79,7 @@ def test_folders_without_a_usable_video_are_refused(tmp_path):
 
 def test_progress_counts_every_file_and_decoding_agrees_with_packets(folder):
     told = []
-    options = ProbeOptions(count="decode", progress=lambda done, total: told.append((done, total)))
+    options = ProbeOptions(count="packets", progress=lambda done, all: told.append((done, all)))
     found, _ = probe_folder(folder, options=options)
     assert told == [(n, 6) for n in range(1, 7)]
     assert found.identity == probe_folder(folder)[0].identity
@@ -151,7 +151,7 @@ def test_every_file_name_gives_some_words(name):
 
 
 def test_real_and_hostile_footage_is_used_or_refused_with_a_reason(footage):
-    found, refused = probe_folder(footage)
+    found, refused = probe_folder(footage, options=ProbeOptions(count="packets"))
     named = {path.name for path in footage.iterdir()} - {"MANIFEST.csv"}
     known = {*found.paths, *(item.path for item in refused)}
     assert known == {name for name in named if not name.endswith((".mp3", ".wav"))}

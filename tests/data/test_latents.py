@@ -9,13 +9,21 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_manifest
-from test_assignment import assign
-from test_buckets import PATCH, STRIDE, buckets
-from test_clips import FakeRead
+from data_support import (
+    CACHED,
+    IDENTITY,
+    PATCH,
+    STRIDE,
+    FakeRead,
+    assign,
+    buckets,
+    encode_text,
+    encode_video,
+    make_job,
+    make_manifest,
+)
 
 from opensora import store
 from opensora.data import encode as encoding
@@ -25,51 +33,6 @@ from opensora.data.latents import CachedAssigner, LatentDataset, open_cache
 from opensora.data.loading import batches
 from opensora.data.plan import Plan
 from opensora.errors import DataError, StorageError
-from opensora.types import Condition
-
-CONFIG = buckets({"64px": {1: [1, 3], 17: [1, 4]}}, aspect_ratios=["1:1"], fps=8)
-IDENTITY = {"vae": "tiny", "weights": "abc", "text": ["words", 3]}
-
-
-def encode_video(pixels):
-    """(B, 3, F, H, W) -> (B, 3, 1 + (F - 1) / 4, H / 8, W / 8)."""
-    return pixels[:, :, ::4, ::8, ::8] * 2
-
-
-def encode_text(texts):
-    lengths = [1 + int(text.split()[1]) % 3 for text in texts]
-    mask = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
-    tokens = torch.tensor([float(text.split()[1]) for text in texts])[:, None, None]
-    return Condition(tokens * mask[..., None].expand(-1, -1, 5), mask, tokens[:, :, 0])
-
-
-def make_job(tmp_path, num_rows=11, **changes) -> EncodeJob:
-    options = {
-        "read": FakeRead(),
-        "text": encode_text,
-        "latents": encode_video,
-        "identity": IDENTITY,
-        "clips": ClipsConfig(start="first", max_bad_fraction=0.5),
-        "config": EncodeConfig(shard_bytes=6000),
-        **changes,
-    }
-    folder = tmp_path / "videos"
-    folder.mkdir(exist_ok=True)
-    rows = np.arange(num_rows)
-    manifest = make_manifest(folder, num_rows, num_frames=np.where(rows % 4 == 3, 1, 40))
-    for row in range(num_rows):
-        if not manifest.location(row).exists():
-            manifest.location(row).write_bytes(f"file {row}".encode())
-    reader = ClipReader(manifest, CONFIG, options["clips"], seed=0, read=options["read"])
-    return EncodeJob(
-        tmp_path / "cache",
-        assign(manifest, CONFIG),
-        reader,
-        options["latents"],
-        options["text"],
-        options["identity"],
-        options["config"],
-    )
 
 
 def shards(job) -> list[str]:
@@ -112,7 +75,7 @@ def test_batches_of_latents_follow_the_plan_of_the_videos(tmp_path):
     encode(job)
     publish(job)
     cache = open_cache(job.directory)
-    plan = Plan(CachedAssigner(cache, CONFIG, stride=STRIDE, patch=PATCH), seed=0)
+    plan = Plan(CachedAssigner(cache, CACHED, stride=STRIDE, patch=PATCH), seed=0)
     pixels_plan = Plan(job.assigner, seed=0)
     dataset, pixels = LatentDataset(cache), ClipDataset(job.reader, Quarantine(11, 0))
     for step in range(12):
@@ -213,7 +176,7 @@ def test_unreadable_files_are_left_out_by_name(tmp_path):
     cache = open_cache(job.directory)
     assert cache.unreadable == [2, 3]
     assert "0003.mp4' is bad" in (job.directory / "quarantine.csv").read_text()
-    assigner = CachedAssigner(cache, CONFIG, stride=STRIDE, patch=PATCH)
+    assigner = CachedAssigner(cache, CACHED, stride=STRIDE, patch=PATCH)
     assert assigner(0).census.left_out == {"not in the cache": 2}
     strict = make_job(
         tmp_path,
@@ -305,7 +268,7 @@ WORKER = """
     import os, sys
     sys.path[:0] = [{tests!r}]
     from pathlib import Path
-    from test_latents import make_job
+    from data_support import make_job
     from opensora.data.encode import encode, publish
     for stop in range(1, 400):
         pid = os.fork()
@@ -354,10 +317,10 @@ def test_a_writer_killed_again_and_again_finishes_and_repeats_nothing(tmp_path):
 
 def test_real_videos_go_through_the_cache(tmp_path, videos):
     manifest = make_manifest(videos, 6)
-    reader = ClipReader(manifest, CONFIG, ClipsConfig(start="first"), seed=0)
+    reader = ClipReader(manifest, CACHED, ClipsConfig(start="first"), seed=0)
     job = EncodeJob(
         tmp_path / "cache",
-        assign(manifest, CONFIG),
+        assign(manifest, CACHED),
         reader,
         encode_video,
         None,
@@ -367,7 +330,7 @@ def test_real_videos_go_through_the_cache(tmp_path, videos):
     assert encode(job, num_workers=1) == 6
     publish(job)
     cache = open_cache(job.directory)
-    plan = Plan(CachedAssigner(cache, CONFIG, stride=STRIDE, patch=PATCH), seed=0)
+    plan = Plan(CachedAssigner(cache, CACHED, stride=STRIDE, patch=PATCH), seed=0)
     batch = LatentDataset(cache)[plan.batch(0)]
     assert batch.features is None
     videos_batch = ClipDataset(reader, Quarantine(6, 0))[plan.batch(0)]

@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import make_manifest
+from data_support import make_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,11 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_manifest
+from data_support import assign, buckets, make_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_assignment import assign
-from test_buckets import buckets
 
 from opensora.data.manifest import from_columns
 from opensora.data.packed import PackedStrings

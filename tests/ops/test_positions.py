@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opensora.ops.positions import rotary_angles, rotate, sincos_2d, sinusoid
+from opensora.ops.positions import rotary_phases, rotate, sincos_2d, sinusoid
 
 ANGLE_ERROR = 1e-4
 """float32 angles of up to 1000 radians are off by 1000 * 6e-8, sines and cosines as much."""
@@ -39,7 +39,7 @@ def test_rotation_is_multiplication_by_a_phase():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, 8, dtype=torch.float64)
     positions = torch.tensor([0.0, 1.0, 5.0, 40.0])
-    turned = rotate(x, rotary_angles((positions)[:, None], (8,)))
+    turned = rotate(x, rotary_phases((positions)[:, None], (8,)))
     frequencies = 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
     phases = torch.exp(1j * positions.double()[:, None] * frequencies)  # L d/2
     expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * phases[:, None])
@@ -50,7 +50,7 @@ def test_rotation_is_multiplication_by_a_phase():
 def test_rotation_keeps_norms():
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3, 8, dtype=torch.float64)
-    turned = rotate(x, rotary_angles((torch.arange(7) * 100)[:, None], (8,)))
+    turned = rotate(x, rotary_phases((torch.arange(7) * 100)[:, None], (8,)))
     # The squares of a float32 cosine and sine add up to one within 2 * 6e-8.
     assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=2e-7, atol=0)
 
@@ -60,7 +60,7 @@ def test_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def product(at: float, to: float) -> float:
-        a, b = (rotary_angles((torch.tensor([p]))[:, None], (16,)) for p in (at, to))
+        a, b = (rotary_phases((torch.tensor([p]))[:, None], (16,)) for p in (at, to))
         return float((rotate(q, a) * rotate(k, b)).sum())
 
     assert product(3.0, 8.0) == pytest.approx(product(103.0, 108.0), abs=1e-4)

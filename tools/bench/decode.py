@@ -1,8 +1,8 @@
 """Decoded frames a second of `read_clip` beside a bare PyAV loop on the same file, as JSON.
 
 The bare loop opens the file, decodes, converts to RGB and keeps the arrays: the least that any
-reader on PyAV does. The two take turns and the best of the rounds counts, so that other work on the
-machine disturbs both alike.
+reader on PyAV does; both decode with as many threads and convert with one. They take turns and the
+best of the rounds counts, so that other work on the machine disturbs both alike.
 
     python tools/bench/decode.py [--video FILE] [--threads 1 2] [--rounds 7]
 """
@@ -52,7 +52,8 @@ def bare_loop(path: Path, threads: int) -> int:
         assert stream is not None
         stream.codec_context.thread_count = threads
         stream.codec_context.thread_type = "AUTO" if threads > 1 else "NONE"
-        return len([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        frames = container.decode(stream)
+        return len([frame.to_ndarray(format="rgb24", threads=1) for frame in frames])
 
 
 def whole_file(path: Path, threads: int) -> int:
