@@ -25,7 +25,7 @@ Scores = dict[str, float]
 MIN_PRESENCE = 0.5
 """Share of frames in which an object must be seen to count as found."""
 
-_ZOOM = 1.15
+_ZOOM = 1.3
 """Ratio of last to first area from which a zoom is accepted; scenes have 1.69 and more."""
 
 _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}

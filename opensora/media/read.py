@@ -108,7 +108,7 @@ def _read(source: Source, request: Request, limits: Limits, on_damage: OnDamage)
     last: Picture | None = None
     for time, picture in choose(pictures, request, slack):
         if picture is last:
-            store.repeat()
+            store.repeat(picture.time)
         else:
             store.append(convert(picture.frame), picture.time)
         last = picture
@@ -149,55 +149,49 @@ def _pictures(source: Source, watch: Watch, on_damage: OnDamage) -> Iterator[Pic
 
 
 class _Store:
-    """The frames gathered so far, in one array that grows with what was really decoded."""
+    """The frames gathered so far, in memory that grows with what was really decoded."""
 
     def __init__(self, path: str, num_frames: int | None, limits: Limits) -> None:
         self._path = path
         self._limits = limits
-        self._capacity = num_frames or 16
-        self._data: np.ndarray | None = None
+        self._capacity = num_frames or 64
+        self._blocks: list[np.ndarray] = []
+        self._used = 0  # frames in the last block
         self._count = 0
 
     def append(self, pixels: np.ndarray, time: float) -> None:
         """Copy in uint8 (H, W, 3) pixels; `time` is for the message when the size has changed."""
-        if self._data is None:
-            self._data = np.empty((0, *pixels.shape), np.uint8)
-            self._grow(self._capacity)
-        elif self._data.shape[1:] != pixels.shape:
-            (old_height, old_width), (height, width) = self._data.shape[1:3], pixels.shape[:2]
+        if self._blocks and self._blocks[0].shape[1:] != pixels.shape:
+            (old_height, old_width), (height, width) = self._blocks[0].shape[1:3], pixels.shape[:2]
             raise DataError(
                 f"'{self._path}' changes its frame size from {old_width}x{old_height} to "
                 f"{width}x{height} at {time:.3f} s; cut it there"
             )
-        self._place(pixels)
-
-    def repeat(self) -> None:
-        """Append the last frame again."""
-        assert self._data is not None
-        self._place(self._data[self._count - 1].copy())
-
-    def frames(self) -> np.ndarray:
-        """All frames, uint8 (F, H, W, 3); the store must not be used afterwards."""
-        assert self._data is not None
-        if self._count < len(self._data):
-            self._data.resize((self._count, *self._data.shape[1:]), refcheck=False)
-        return self._data
-
-    def _place(self, pixels: np.ndarray) -> None:
-        assert self._data is not None
-        if self._count == len(self._data):
-            self._grow(self._count + max(1, self._count // 2))
-        self._data[self._count] = pixels
+        if not self._blocks or self._used == len(self._blocks[-1]):
+            self._add_block(pixels.shape)
+        self._blocks[-1][self._used] = pixels
+        self._used += 1
         self._count += 1
 
-    def _grow(self, capacity: int) -> None:
-        assert self._data is not None
-        limits, shape = self._limits, self._data.shape[1:]
+    def repeat(self, time: float) -> None:
+        """Append the last frame again."""
+        self.append(self._blocks[-1][self._used - 1], time)
+
+    def frames(self) -> np.ndarray:
+        """All frames: uint8 (F, H, W, 3)."""
+        *full, last = self._blocks
+        last = last[: self._used]
+        return np.concatenate([*full, last]) if full else last
+
+    def _add_block(self, shape: tuple[int, ...]) -> None:
+        limits = self._limits
         most = min(limits.max_frames, limits.max_bytes // math.prod(shape))
         if self._count >= most:
             raise DataError(
                 f"'{self._path}' gives more than max_frames={limits.max_frames} frames or "
                 f"max_bytes={limits.max_bytes}; ask for fewer frames with num_frames, fps or end"
             )
-        # In place: the system moves large blocks without copying, and nothing else refers to them.
-        self._data.resize((min(capacity, most), *shape), refcheck=False)
+        # A large block of its own gets huge pages, which a block that is resized does not.
+        size = min(max(self._capacity, self._count), most - self._count)
+        self._blocks.append(np.empty((size, *shape), np.uint8))
+        self._used = 0

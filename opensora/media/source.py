@@ -50,7 +50,7 @@ class Source:
         container: `av.container.InputContainer`.
         stream: the best video stream of it.
         decoder: the codec context that packets are sent to.
-        packets: packets of every stream from the current position, with the flushing ones last.
+        packets: from the current position, of other streams too, with the flushing ones last.
         origin: timestamp, in ticks, that counts as second 0.
         tick: seconds a timestamp unit lasts.
         first_tick: frames before this timestamp lack their references and are dropped, or None.
@@ -159,10 +159,12 @@ def _at(
     decoder = _decoder(stream, path, limits, threads)
     tick = float(stream.time_base)
     origin = stream.start_time or 0
-    packets = container.demux()
-    whole = Source(str(path), container, stream, decoder, packets, origin, tick)
+    # What Matroska lost between two packets shows only in the packets of all streams together.
+    whole_file = container.format.name.startswith("matroska")
+    packets = container.demux() if whole_file else container.demux(stream)
+    source = Source(str(path), container, stream, decoder, packets, origin, tick)
     if margin is None:
-        return whole
+        return source
     wanted = origin + int((target - margin) / tick)
     if container.format.name in UNSEEKABLE or stream.start_time is None or wanted <= origin:
         return None
@@ -178,7 +180,7 @@ def _at(
         return None
     decoder.reorder_depth = depth
     first = passed[-1].pts if passed else None
-    if first is None or not passed[-1].is_keyframe or whole.seconds(first) > target:
+    if first is None or not passed[-1].is_keyframe or source.seconds(first) > target:
         return None
     rest = itertools.chain(passed, packets)
     return Source(str(path), container, stream, decoder, rest, origin, tick, first)

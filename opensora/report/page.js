@@ -132,7 +132,6 @@
       const large = video.cloneNode();
       large.removeAttribute("role");
       large.removeAttribute("tabindex");
-      large.controls = true;
       large.muted = true;
       const words = document.createElement("p");
       words.textContent = video.getAttribute("aria-label");

@@ -15,6 +15,9 @@ from opensora.arena.truth import record
 from opensora.config import from_json, override, to_json, validate
 from opensora.errors import UsageError
 
+GOLDEN_CAPTION = "a blue square moving down"
+GOLDEN_START = [[38.755842, 26.375311]]
+
 
 def boxes(scene):
     """Lower and upper corners (F, N, 2) of the box around every object."""

@@ -81,6 +81,24 @@ def test_through_temporal_attention_other_frames_feel_it_too():
     assert (moved > 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    ("window", "rows", "columns"),
+    [(None, 2, 2), ((2, 2), 4, 4), ((1, 3), 2, 6), ((2, 4), 4, 6), ((9, 9), 8, 12)],
+)
+def test_temporal_blocks_see_all_frames_of_a_location_or_of_a_window(window, rows, columns):
+    """`rows` x `columns` latent positions around the first; tokens are 2 x 2, the grid 4 x 6."""
+    model = build(window=window, num_heads=2)
+    for block in model.spatial_blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    x, t, condition = draw(batch=1, height=8, width=12)
+    x.requires_grad_()
+    model(x, t, condition)[0, :, 0, 0, 0].sum().backward()
+    reached = x.grad[0].abs().sum(dim=0) > 1e-12
+    expected = torch.zeros(3, 8, 12, dtype=torch.bool)
+    expected[:, :rows, :columns] = True
+    assert torch.equal(reached, expected)
+
+
 def test_order_of_frames_and_places_in_the_picture_matter():
     model = build()
     x, t, condition = draw()
@@ -91,8 +109,9 @@ def test_order_of_frames_and_places_in_the_picture_matter():
             assert not torch.allclose(model(x.flip(dim), t, condition).flip(dim), out)
 
 
-def test_a_sample_does_not_feel_its_batch():
-    model = build(pooled_channels=7, condition_on_size=True)
+@pytest.mark.parametrize("window", [None, (2, 2)])
+def test_a_sample_does_not_feel_its_batch(window):
+    model = build(pooled_channels=7, condition_on_size=True, window=window)
     x, t, condition = draw(batch=4)
     with torch.no_grad():
         together = model(x, t, condition)
@@ -144,8 +163,9 @@ def test_one_model_takes_any_length_and_size(size):
     assert build()(x, t, condition).shape == x.shape
 
 
-def test_gradients_reach_every_parameter():
-    model = build(pooled_channels=7, condition_on_size=True)
+@pytest.mark.parametrize("window", [None, (2, 2)])
+def test_gradients_reach_every_parameter(window):
+    model = build(pooled_channels=7, condition_on_size=True, window=window)
     x, t, condition = draw()
     model(x, t, condition).square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -194,7 +214,6 @@ def test_training_fits_what_it_is_shown():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_bfloat16_autocast_stays_near_float32():
     model = build(pooled_channels=7).float()
     for parameter in model.parameters():
@@ -231,6 +250,7 @@ def test_the_defaults_are_as_large_as_stdit3_xl():
     [
         ({"num_heads": 3}, r"width 16 needs to be num_heads \(3\) times an even number"),
         ({"width": 18, "num_heads": 3}, "divisible by 4"),
+        ({"num_heads": 4, "window": (2, 2)}, "6 features or more"),
         ({"patch": (2, 2, 2)}, "noise levels are per frame"),
         ({"depth": 0}, "greater than or equal to 1"),
         ({"heads": 2}, "Extra inputs"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, patchify, unpatchify
+from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, normalise, patchify, unpatchify
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 2, 3)])
@@ -26,6 +26,23 @@ def test_modulation_is_an_affine_map():
     x, shift, scale = torch.randn(3, 2, 4).unbind(0)
     assert_close(modulate(x, shift, scale), x * (1 + scale) + shift)
     assert torch.equal(modulate(x, torch.zeros(4), torch.zeros(4)), x)
+
+
+def test_the_norm_is_that_of_torch_with_a_weight_for_each_of_several():
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randn(3, 8).double()
+    out = normalise(x, weights)
+    for i in range(3):
+        expected = torch.nn.functional.rms_norm(x[:, :, i], (8,), weights[i], 1e-6)
+        assert_close(out[:, :, i], expected, rtol=0, atol=1e-14)
+    assert normalise(torch.zeros(2, 8), torch.ones(8)).isfinite().all()
+
+
+def test_the_norm_of_half_precision_is_taken_in_float32_without_a_warning():
+    x = torch.full((1, 4096), 1.0 + 2**-7).bfloat16()
+    out = normalise(x, torch.ones(4096))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.ones(1, 4096).bfloat16())
 
 
 def test_an_mlp_is_two_linear_maps_around_a_gelu():

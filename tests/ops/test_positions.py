@@ -35,24 +35,52 @@ def test_every_cell_of_a_grid_has_its_own_code_row_by_row():
         sincos_2d(rows, columns, 6)
 
 
+def positions_of(*places: float) -> torch.Tensor:
+    """(L, 1): places on one axis."""
+    return torch.tensor(places)[:, None]
+
+
 def test_rotation_is_multiplication_by_a_phase():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 3, 8, dtype=torch.float64)
-    positions = torch.tensor([0.0, 1.0, 5.0, 40.0])
-    turned = rotate(x, rotary_phases((positions)[:, None], (8,)))
-    frequencies = 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    phases = torch.exp(1j * positions.double()[:, None] * frequencies)  # L d/2
-    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * phases[:, None])
-    assert_close(turned, expected.flatten(-2), rtol=0, atol=ANGLE_ERROR)
+    positions = positions_of(0.0, 1.0, 5.0, 40.0)
+    turned = rotate(x, rotary_phases(positions, (8,)))
+    angles = positions.double() * 10_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    pairs = x.unflatten(-1, (4, 2))  # B L K d/2 2
+    cosine, sine = angles.cos()[:, None], angles.sin()[:, None]  # L 1 d/2
+    real = pairs[..., 0] * cosine - pairs[..., 1] * sine
+    imaginary = pairs[..., 0] * sine + pairs[..., 1] * cosine
+    expected = torch.stack([real, imaginary], dim=-1).flatten(-2)
+    assert_close(turned, expected, rtol=0, atol=ANGLE_ERROR)
     assert torch.equal(turned[:, 0], x[:, 0])
+
+
+def test_each_axis_turns_its_own_features_and_the_rest_stay():
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 2, 12, dtype=torch.float64)
+    places = torch.cartesian_prod(torch.arange(2.0), torch.arange(3.0))  # 6 2
+    turned = rotate(x, rotary_phases(places, (4, 6)))
+    for axis, features in enumerate([slice(0, 4), slice(4, 10)]):
+        size = features.stop - features.start
+        alone = rotate(x[..., features], rotary_phases(places[:, axis, None], (size,)))
+        assert_close(turned[..., features], alone, rtol=0, atol=1e-6)
+    assert torch.equal(turned[..., 10:], x[..., 10:])
 
 
 def test_rotation_keeps_norms():
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3, 8, dtype=torch.float64)
-    turned = rotate(x, rotary_phases((torch.arange(7) * 100)[:, None], (8,)))
+    turned = rotate(x, rotary_phases(torch.arange(7)[:, None] * 100, (8,)))
     # The squares of a float32 cosine and sine add up to one within 2 * 6e-8.
     assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=2e-7, atol=0)
+
+
+def test_half_precision_is_rotated_in_float32():
+    x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    phases = rotary_phases(positions_of(0.0, 1.0, 50.0, 51.0, 1000.0), (8,))
+    turned = rotate(x, phases)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, rotate(x.float(), phases).bfloat16())
 
 
 def test_products_depend_on_the_distance_alone():
@@ -60,7 +88,7 @@ def test_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def product(at: float, to: float) -> float:
-        a, b = (rotary_phases((torch.tensor([p]))[:, None], (16,)) for p in (at, to))
+        a, b = (rotary_phases(positions_of(place), (16,)) for place in (at, to))
         return float((rotate(q, a) * rotate(k, b)).sum())
 
     assert product(3.0, 8.0) == pytest.approx(product(103.0, 108.0), abs=1e-4)

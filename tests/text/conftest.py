@@ -1,5 +1,7 @@
 """Tiny text encoders with random weights, saved as their public counterparts are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -55,6 +57,13 @@ def write_clip(folder):
     )
     CLIPTextModel(config).save_pretrained(folder)
     write_tokenizer(folder, template="<s> $A </s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def write():
+    """The writers of tiny models by name: `write.tokenizer(folder, ...)`, `write.t5(folder)`."""
+    pytest.importorskip("transformers", reason="needs the extra opensora[text]")
+    return SimpleNamespace(tokenizer=write_tokenizer, t5=write_t5)
 
 
 @pytest.fixture(scope="session")

@@ -51,9 +51,8 @@ def test_padding_with_the_end_token_is_masked_and_changes_nothing(encoder):
         assert_close(batch.pooled[row], alone.pooled[0], rtol=0, atol=ROUNDING)
 
 
-def test_a_whole_clip_model_gives_its_text_half(tmp_path, clip_folder):
+def test_a_whole_clip_model_gives_its_text_half(write, tmp_path, clip_folder):
     import transformers
-    from conftest import write_tokenizer
 
     text = transformers.CLIPTextConfig.from_pretrained(clip_folder)
     vision = transformers.CLIPVisionConfig(
@@ -70,7 +69,7 @@ def test_a_whole_clip_model_gives_its_text_half(tmp_path, clip_folder):
         )
     ).eval()
     whole.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path, template="<s> $A </s>", pad_token="</s>")
+    write.tokenizer(tmp_path, template="<s> $A </s>", pad_token="</s>")
     pooled = CLIPTextEncoder(config(tmp_path)).encode(["a square"]).pooled
     expected = whole.text_model(torch.tensor([[3, 4, 9, 1]])).pooler_output
     assert_close(pooled, expected, rtol=0, atol=ROUNDING)

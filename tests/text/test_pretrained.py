@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from opensora.errors import MissingPackageError, UsageError
@@ -88,10 +87,10 @@ def test_code_in_a_model_folder_is_never_run(folder):
     assert not (folder / "ran").exists()
 
 
-def test_a_tokenizer_must_be_able_to_pad_and_to_end(folder):
-    write_tokenizer(folder, template="")
+def test_a_tokenizer_must_be_able_to_pad_and_to_end(write, folder):
+    write.tokenizer(folder, template="")
     assert "adds no end token" in refusal(folder)
-    write_tokenizer(folder, pad_token=None)
+    write.tokenizer(folder, pad_token=None)
     assert "has no padding token" in refusal(folder)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import write_t5
 from torch.testing import assert_close
 
 from opensora.text.t5 import T5Config, T5Encoder
@@ -101,9 +100,8 @@ def test_the_config_says_the_dtype(t5_folder):
 
 
 @pytest.mark.parametrize("family", ["UMT5", "MT5"])
-def test_relatives_of_t5_load_too(tmp_path, family):
-    pytest.importorskip("transformers", reason="needs the extra opensora[text]")
-    write_t5(tmp_path, family=family)
+def test_relatives_of_t5_load_too(write, tmp_path, family):
+    write.t5(tmp_path, family=family)
     encoder = T5Encoder(T5Config(path=str(tmp_path), dtype="float32"))
     assert type(encoder.model).__name__ == f"{family}EncoderModel"
     assert encoder.encode(PROMPTS).tokens.isfinite().all()

@@ -56,7 +56,7 @@ def peak_memory():
     return measure
 
 
-def build_vae(seed: int = 0, **changes) -> CausalVAE:
+def make_vae(seed: int = 0, **changes) -> CausalVAE:
     """A small CausalVAE with no zero-initialised layer and with latent statistics."""
     torch.manual_seed(seed)
     settings = {"widths": (8, 16, 16), "temporal_kernel": (3, 3, 3), "latent_channels": 4}
@@ -70,6 +70,12 @@ def build_vae(seed: int = 0, **changes) -> CausalVAE:
     return vae.eval()
 
 
+@pytest.fixture(scope="session")
+def build_vae():
+    """Call with changes to the config: a small CausalVAE whose every layer counts."""
+    return make_vae
+
+
 @pytest.fixture(scope="module")
 def vae():
-    return build_vae()
+    return make_vae()

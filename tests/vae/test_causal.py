@@ -3,7 +3,6 @@
 import pydantic
 import pytest
 import torch
-from conftest import build_vae
 from torch.testing import assert_close
 
 from opensora.errors import UsageError
@@ -23,7 +22,7 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def exact(vae):
+def exact(build_vae):
     """The same weights in float64."""
     return build_vae().double()
 
@@ -37,7 +36,7 @@ def clip(num_frames: int, side: int = 16, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk", [1, 2, 9])
-def test_in_chunks_equals_whole(layout, chunk):
+def test_in_chunks_equals_whole(build_vae, layout, chunk):
     vae = build_vae(**LAYOUTS[layout]).double()
     pixels = clip(1 + 4 * vae.stride[0])
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_a_clip_does_not_feel_its_batch(exact):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_shapes_follow_the_stride(layout):
+def test_shapes_follow_the_stride(build_vae, layout):
     vae = build_vae(**LAYOUTS[layout])
     time, down, across = vae.stride
     assert (down, across) == (8, 8)
@@ -123,7 +122,7 @@ def test_clips_that_do_not_divide_are_refused(vae, size):
         vae.encode(torch.zeros(1, 3, *size))
 
 
-def test_latents_leave_normalised(exact):
+def test_latents_leave_normalised(exact, build_vae):
     pixels = clip(5)
     with torch.no_grad():
         raw, _ = exact.posterior(pixels)

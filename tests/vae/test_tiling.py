@@ -5,7 +5,6 @@ from itertools import pairwise
 import pydantic
 import pytest
 import torch
-from conftest import build_vae
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.testing import assert_close
@@ -30,7 +29,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def shallow():
+def shallow(build_vae):
     """A VAE that sees 4 latent positions far, which keeps the pictures small."""
     return build_vae(widths=(4, 8, 8), blocks=(0, 1, 0), decoder_blocks=(0, 1, 0))
 

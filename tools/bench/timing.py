@@ -53,11 +53,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         name: runtime.matmul_rate(device, dtype) / 1e9
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else runtime.processor_name()
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else runtime.processor_name()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "opensora": __version__,
