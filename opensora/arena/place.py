@@ -86,7 +86,9 @@ def scatter(
             low, high = body.room(size, MARGIN * unit)
             found = _start(dice, body, (low, high), times)
             tracks = trace(body.drive, found, times, low, high)  # (K, F, 2)
-            fits = np.array([_touches(body, s, times, low, high, TURN * unit) for s in found])
+            fits = np.ones(len(found), bool)
+            if body.drive.reflects:
+                fits[:] = [_turns(body, s, times, low, high, TURN * unit) for s in found]
             for other, path in zip(bodies, paths, strict=False):
                 fits &= _apart(tracks, body.reach, path, other.reach, GAP * unit)
             if not fits.any():
@@ -110,7 +112,7 @@ def _start(
     return dice.points(low, np.maximum(low, high), _CANDIDATES)
 
 
-def _touches(
+def _turns(
     body: Body,
     start: np.ndarray,
     times: np.ndarray,
@@ -118,12 +120,10 @@ def _touches(
     high: np.ndarray,
     turn: float,
 ) -> bool:
-    """True unless the body is meant to bounce and shows no turn at a wall in the clip."""
+    """Whether a bouncing body comes to a wall and leaves it, by `turn` px each, in the clip."""
     duration = float(times[-1])
-    if not body.drive.reflects or duration == 0:
-        return True
     speed = np.abs(body.drive.velocity)
-    return any(
+    return duration == 0 or any(
         min(time, duration - time) * speed[0 if wall in ("left", "right") else 1] >= turn
         for time, wall in wall_contacts(body.drive, start, duration, low, high)
     )

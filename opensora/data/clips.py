@@ -25,6 +25,7 @@ from opensora.data.buckets import Bucket, BucketsConfig
 from opensora.data.manifest import Manifest
 from opensora.data.plan import Batch
 from opensora.data.transforms import CENTRE, fit
+from opensora.disk import storage_errors
 from opensora.errors import DataError
 from opensora.media.read import read_clip
 from opensora.media.source import Limits
@@ -169,12 +170,7 @@ class Quarantine:
         self._bad[row] = True
         log.warning("row %d cannot be used: %s", row, reason)
         if self._path is not None:
-            line = io.StringIO()
-            csv.writer(line, lineterminator="\n").writerow([row, path, reason])
-            # One write to a file opened for appending is not mixed with that of another worker.
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(descriptor, line.getvalue().encode("utf-8", "replace"))
-            os.close(descriptor)
+            _append_row(self._path, [row, path, reason])
         allowed = self._max_bad_fraction * len(self._bad)
         if self.count > allowed:
             raise DataError(
@@ -182,6 +178,19 @@ class Quarantine:
                 f"{self._max_bad_fraction:g} allows; the last is row {row}: {reason}. Take these "
                 "rows out of the manifest, or raise max_bad_fraction"
             )
+
+
+def _append_row(path: Path, cells: list[Any]) -> None:
+    """Add a row to a CSV file in one write, which is not mixed with that of another worker."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.getvalue().encode("utf-8", "replace"))
+        finally:
+            os.close(descriptor)
 
 
 class ClipDataset(Dataset[VideoBatch]):

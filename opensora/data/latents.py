@@ -183,8 +183,8 @@ class CachedAssigner:
         if not counts.any():
             raise DataError(f"there is nothing to train on in {cache.directory}: {census}")
         self._assignment = Assignment(buckets, bucket_of_row, census)
-        recipes = json.dumps([[row, entry.recipe] for row, entry in cache.entries.items()])
-        content = f"{recipes} {config.model_dump_json()} {stride} {patch}"
+        made = [[row, e.recipe, e.file_sha256] for row, e in cache.entries.items()]
+        content = f"{json.dumps(made)} {config.model_dump_json()} {stride} {patch}"
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, epoch: int) -> Assignment:

@@ -49,6 +49,8 @@ class Watch:
         self._previous_end: int | None = None
         self._skipped = False
         self._last_shown: float | None = None
+        self._follows_all = source.stream.duration is None
+        self._ticks = {s.index: float(s.time_base or 0) for s in source.container.streams}
         self._reach = 0.0
 
     def packet(self, packet: Any) -> None:
@@ -60,10 +62,8 @@ class Watch:
             )
         if packet.size == 0:
             return
-        self._follow_position(packet)
-        if packet.pts is not None and packet.time_base:
-            finished = (packet.pts + (packet.duration or 0)) * float(packet.time_base)
-            self._reach = max(self._reach, finished)
+        if self._follows_all:
+            self._follow(packet)
         if packet.stream is not self._source.stream:
             return
         self._read += 1
@@ -100,7 +100,7 @@ class Watch:
             self.reasons.append(f"holds {self._read} of the {promised} frames that it promises")
         elif source.container.format.name == "gif":
             self.reasons += _gif_damage(source.path)
-        # Matroska promises a length for the whole file only, and its sound may be the longer part.
+        # Some files promise a length for all streams together, and sound may be the longest.
         end, seconds = self._reach, (source.container.duration or 0) / 1e6
         if source.stream.duration is not None:
             end, seconds = self.end, float(source.stream.duration * source.stream.time_base)
@@ -116,8 +116,11 @@ class Watch:
             "decoded so far. Replace the file, or read what is left with on_damage='keep'"
         )
 
-    def _follow_position(self, packet: Any) -> None:
-        """Matroska resumes silently after a damaged region: notice the bytes it jumped over."""
+    def _follow(self, packet: Any) -> None:
+        """See how far any stream reaches, and the bytes that Matroska jumped over in silence."""
+        if packet.pts is not None:
+            finished = (packet.pts + (packet.duration or 0)) * self._ticks[packet.stream_index]
+            self._reach = max(self._reach, finished)
         if not self._in_blocks or packet.pos is None:
             return
         gap = packet.pos - (packet.pos if self._previous_end is None else self._previous_end)

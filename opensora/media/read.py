@@ -154,7 +154,7 @@ class _Store:
     def __init__(self, path: str, num_frames: int | None, limits: Limits) -> None:
         self._path = path
         self._limits = limits
-        self._capacity = num_frames or 64
+        self._num_frames = num_frames
         self._blocks: list[np.ndarray] = []
         self._used = 0  # frames in the last block
         self._count = 0
@@ -186,12 +186,12 @@ class _Store:
     def _add_block(self, shape: tuple[int, ...]) -> None:
         limits = self._limits
         most = min(limits.max_frames, limits.max_bytes // math.prod(shape))
-        if self._count >= most:
+        if self._count >= most or (self._num_frames or 0) > most:
             raise DataError(
                 f"'{self._path}' gives more than max_frames={limits.max_frames} frames or "
                 f"max_bytes={limits.max_bytes}; ask for fewer frames with num_frames, fps or end"
             )
         # A large block of its own gets huge pages, which a block that is resized does not.
-        size = min(max(self._capacity, self._count), most - self._count)
+        size = self._num_frames or min(max(64, self._count), most - self._count)
         self._blocks.append(np.empty((size, *shape), np.uint8))
         self._used = 0

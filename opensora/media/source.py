@@ -159,9 +159,8 @@ def _at(
     decoder = _decoder(stream, path, limits, threads)
     tick = float(stream.time_base)
     origin = stream.start_time or 0
-    # What Matroska lost between two packets shows only in the packets of all streams together.
-    whole_file = container.format.name.startswith("matroska")
-    packets = container.demux() if whole_file else container.demux(stream)
+    # Where only the whole file promises a length, the other streams have to be followed as well.
+    packets = container.demux() if stream.duration is None else container.demux(stream)
     source = Source(str(path), container, stream, decoder, packets, origin, tick)
     if margin is None:
         return source

@@ -1,8 +1,9 @@
 """The task of a VAE: reconstruct clips from latents that a diffusion model will find easy.
 
-Latents are standardised per channel between encoder and decoder, and the decoder learns under
-noise of random strength, so that what a generator gets slightly wrong still decodes well (noise
-augmentation, as in Rombach et al.'s successors and Ho et al. 2021, "Cascaded Diffusion Models").
+Latents are standardised per channel over the batch between encoder and decoder, and the decoder
+learns under noise of random strength, so that what a generator gets slightly wrong still decodes
+well (noise augmentation, as in Rombach et al.'s successors and Ho et al. 2021, "Cascaded Diffusion
+Models").
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from opensora import runtime, zoo
 from opensora.config import Config
+from opensora.runtime import Runtime
+from opensora.train.standardise import standardise
 from opensora.train.tasks import StepLoss, Sums, Task
 from opensora.types import VideoBatch
 from opensora.vae.causal import CausalVAE, CausalVAEConfig
 from opensora.vae.losses import AutoencoderLoss, AutoencoderLossConfig
 
 _MEMORY = 0.05
+"""Weight of the newest statistics in the running ones, which serve until `finish` measures."""
 
 
 class AutoencoderConfig(Config):
@@ -45,13 +49,20 @@ class AutoencoderConfig(Config):
 
 
 class Autoencoder(Task):
-    """Holds the VAE as `vae` and the loss, which may have a discriminator, as `criterion`."""
+    """Holds the VAE as `vae` and the loss, which may have a discriminator, as `criterion`.
 
-    def __init__(self, config: AutoencoderConfig, *, seed: int):
+    Args:
+        whole_batch: whether each forward sees a rank's whole batch. Then the latents are
+            standardised over the batches of all ranks; otherwise over each micro-batch alone,
+            because ranks may have different numbers of them.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, seed: int, whole_batch: bool = True):
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.whole_batch = config, seed, whole_batch
         self.vae: CausalVAE = zoo.build_vae(config.vae)
         self.criterion = AutoencoderLoss(config.loss)
+        self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def tokens(self, batch: VideoBatch) -> int:
         _, frames, height, width = self.vae.latent_shape(*batch.pixels.shape[2:])
@@ -69,7 +80,8 @@ class Autoencoder(Task):
         if self.config.sample_posterior:
             spread = runtime.noise(mean.shape[1:], ids, self.seed, "posterior", step)
             latents = mean + (0.5 * log_variance).exp() * spread.to(mean.device)
-        latents = self._standardise(latents)
+        latents, mean_of_batch, std = standardise(latents, shared=self.whole_batch)
+        self._statistics.append((mean_of_batch.detach(), std.detach()))
         if self.config.latent_noise:
             strength = runtime.uniform(ids, self.seed, "strength", step) * self.config.latent_noise
             noise = runtime.noise(mean.shape[1:], ids, self.seed, "noise", step)
@@ -92,16 +104,13 @@ class Autoencoder(Task):
         starts = (draw * (total - length + 1)).long().tolist()
         return torch.stack([p[:, s : s + length] for p, s in zip(pixels, starts, strict=True)])
 
-    def _standardise(self, latents: Tensor) -> Tensor:
-        """Zero mean and unit variance over the micro-batch; running figures serve validation."""
-        dims = (0, 2, 3, 4)
-        mean, std = latents.mean(dims), latents.std(dims) + 1e-4
-        if self.training:
-            with torch.no_grad():
-                self.vae.latent_mean.lerp_(mean.to(self.vae.latent_mean.dtype), _MEMORY)
-                self.vae.latent_std.lerp_(std.to(self.vae.latent_std.dtype), _MEMORY)
-        shape = (1, -1, 1, 1, 1)
-        return (latents - mean.view(shape)) / std.view(shape)
+    @torch.no_grad()
+    def decided(self, *, accepted: bool) -> None:
+        """Move the running statistics of the latents, if the step was made."""
+        for mean, std in self._statistics if accepted else ():
+            self.vae.latent_mean.lerp_(mean, _MEMORY)
+            self.vae.latent_std.lerp_(std, _MEMORY)
+        self._statistics.clear()
 
     @torch.no_grad()
     def validation(self, batch: VideoBatch) -> Sums:
@@ -114,14 +123,15 @@ class Autoencoder(Task):
         return {"psnr": (psnr.sum(), count), "l1": (l1, count), "loss": (l1, count)}
 
     @torch.no_grad()
-    def finish(self, batches: Iterable[Any]) -> None:
+    def finish(self, batches: Iterable[VideoBatch], runtime: Runtime) -> None:
         """Measure the latents' mean and standard deviation per channel and store them."""
         sums = torch.zeros(3, self.vae.latent_channels, dtype=torch.float64)
         for batch in batches:
             latents, _ = self.vae.posterior(batch.pixels.to(self.vae.latent_mean.device))
-            values = latents.double().cpu().transpose(0, 1).flatten(1)  # C N
-            ones = torch.full_like(sums[0], values.shape[1])
-            sums += torch.stack([values.sum(1), values.square().sum(1), ones])
-        mean = sums[0] / sums[2]
+            values = latents.cpu().double().transpose(0, 1).flatten(1)  # C N
+            count = torch.full_like(sums[0], values.shape[1])
+            sums += torch.stack([values.sum(1), values.square().sum(1), count])
+        total, squares, count = runtime.all_reduce(sums)
+        mean = total / count
         self.vae.latent_mean.copy_(mean)
-        self.vae.latent_std.copy_((sums[1] / sums[2] - mean.square()).clamp(min=1e-8).sqrt())
+        self.vae.latent_std.copy_((squares / count - mean.square()).clamp(min=1e-8).sqrt())

@@ -8,24 +8,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-from opensora.runtime import Runtime
+from opensora.errors import Preempted
 
 
-@dataclass
-class Requests:
-    """What has been asked of this process since it was last looked at."""
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a run: to stop, to save and go on, or nothing."""
 
     stop: bool = False
     save: bool = False
 
-    def agreed(self, runtime: Runtime) -> Requests:
-        """The same answer on every rank: what any of them was asked."""
-        asked = torch.tensor([float(self.stop), float(self.save)])
-        stop, save = runtime.all_reduce(asked, "max").tolist()
-        self.save = False
-        return Requests(bool(stop), bool(save))
+
+@dataclass
+class Requests:
+    """What the signals asked of this process.
+
+    Handlers only count, and only the reader remembers what it has served, so that no request is
+    lost between a look and a reset.
+    """
+
+    stops: int = 0
+    saves: int = 0
+    _served: int = 0
+
+    def take(self) -> Asked:
+        """What is asked now. A wish to save is told once, a wish to stop for ever."""
+        saves = self.saves
+        fresh, self._served = saves > self._served, saves
+        return Asked(self.stops > 0, fresh)
 
 
 @contextmanager
@@ -34,12 +44,12 @@ def listening() -> Iterator[Requests]:
     requests = Requests()
 
     def on_stop(number: int, frame: object) -> None:
-        if requests.stop:
-            os._exit(75)
-        requests.stop = True
+        if requests.stops:
+            os._exit(Preempted.exit_code)
+        requests.stops += 1
 
     def on_save(number: int, frame: object) -> None:
-        requests.save = True
+        requests.saves += 1
 
     handlers = {signal.SIGTERM: on_stop, signal.SIGINT: on_stop, signal.SIGUSR1: on_save}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -6,12 +6,16 @@ A task is a module whose children are trained and whose forward is the loss of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from opensora.runtime import Runtime
+
 Sums = dict[str, tuple[Tensor, Tensor]]
+"""name -> (sum, count), detached scalars, so that parts simply add."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class StepLoss:
         total: scalar to differentiate: the sum of the loss over the units that count.
         count: scalar, how many units that is.
         per_sample: (B,) detached mean loss of each sample, to name offenders.
-        metrics: name -> (sum, count), detached scalars.
+        metrics: name -> (sum, count); at a step the names are the same on every rank.
     """
 
     total: Tensor
@@ -36,7 +40,10 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any, step: int) -> StepLoss:
-        """The loss of a micro-batch at a step (0-based); randomness is addressed by sample id."""
+        """The loss of a micro-batch at a step (0-based); randomness is addressed by sample id.
+
+        Leaves no trace beside gradients: whether the step is made is decided after it.
+        """
 
     @abstractmethod
     def validation(self, batch: Any) -> Sums:
@@ -54,5 +61,9 @@ class Task(nn.Module, ABC):
         """Weights that are needed to use the result but are not trained; saved beside it."""
         return {}
 
-    def finish(self, batches: Any) -> None:
-        """Called once after the last step with validation batches, before the final save."""
+    def decided(self, *, accepted: bool) -> None:
+        """Called after every step: whether its gradients reached the weights."""
+
+    def finish(self, batches: Iterable[Any], runtime: Runtime) -> None:
+        """Called on every rank after the last step, with its share of the validation batches (or
+        of some training batches where there are none), before the final save."""

@@ -120,16 +120,15 @@ def load_perceptual(*, vgg: str | Path, heads: str | Path) -> PerceptualDistance
     Raises:
         UsageError: a file is absent or unreadable, or lacks a tensor or has it in another shape.
     """
+    trunk, rows = _read(vgg, "torchvision's vgg16"), _read(heads, "the lpips package's vgg heads")
     network = PerceptualDistance()
-    tensors: dict[str, Tensor] = {}
+    wanted: dict[str, Tensor] = {}
     for name, convolution in zip(_vgg_names(), network.convolutions, strict=True):
         for kind, parameter in convolution.named_parameters():
-            tensors[f"{name}.{kind}"] = parameter
-    _copy(_read(vgg, "torchvision's vgg16"), tensors, vgg)
-    rows = {
-        f"lin{i}.model.1.weight": head.view(1, -1, 1, 1) for i, head in enumerate(network.heads)
-    }
-    _copy(_read(heads, "the lpips package's vgg heads"), rows, heads)
+            wanted[f"{name}.{kind}"] = parameter
+    _copy(trunk, wanted, vgg)
+    views = {f"lin{i}.model.1.weight": h.view(1, -1, 1, 1) for i, h in enumerate(network.heads)}
+    _copy(rows, views, heads)
     return network
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from opensora.arena.draw import render
+from opensora.arena.judge import read
 from opensora.arena.scenes import SceneConfig, sample, varied
 
 
@@ -29,6 +30,11 @@ def varied_scenes(everything):
 @pytest.fixture(scope="session")
 def varied_videos(varied_scenes):
     return [render(scene) for scene in varied_scenes]
+
+
+@pytest.fixture(scope="session")
+def varied_readings(varied_videos):
+    return [read(video) for video in varied_videos]
 
 
 @pytest.fixture(scope="session")

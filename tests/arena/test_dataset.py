@@ -143,8 +143,8 @@ def test_prompts_come_again_when_the_grammar_has_no_more():
 
 def test_prompts_have_the_number_of_objects_asked_for():
     for count in (1, 2, 3):
-        texts = prompts(SceneConfig(), 1, 12, num_objects=count, split="train")
-        assert len(set(texts)) == 12
+        texts = prompts(SceneConfig(), 1, 6, num_objects=count, split="train")
+        assert len(set(texts)) == 6
         assert all(len(promise(text).objects) == count for text in texts)
     with pytest.raises(UsageError, match="this config has"):
         prompts(SceneConfig(num_objects={1: 1}), 0, 4, num_objects=2)

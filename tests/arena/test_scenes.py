@@ -120,7 +120,7 @@ def test_splits_share_no_look_and_each_colour_and_shape_is_trained():
     config = SceneConfig()
     seen = {
         split: {
-            (t.colour, t.shape) for i in range(150) for t in sample(config, 0, i, split).objects
+            (t.colour, t.shape) for i in range(100) for t in sample(config, 0, i, split).objects
         }
         for split in SPLITS
     }

@@ -99,8 +99,9 @@ def test_temporal_blocks_see_all_frames_of_a_location_or_of_a_window(window, row
     assert torch.equal(reached, expected)
 
 
-def test_order_of_frames_and_places_in_the_picture_matter():
-    model = build()
+@pytest.mark.parametrize("window", [None, (2, 3)])
+def test_order_of_frames_and_places_in_the_picture_matter(window):
+    model = build(window=window)
     x, t, condition = draw()
     t = t[:, :1].expand(-1, 3)
     with torch.no_grad():

@@ -18,16 +18,19 @@ VOID = {"br", "hr", "img", "meta"}
 
 @dataclass
 class Node:
-    """An element with its attributes, its own text and the elements inside it."""
+    """An element with its attributes and, in order, the texts and elements inside it."""
 
     tag: str
     attributes: dict[str, str | None]
-    texts: list[str] = field(default_factory=list)
-    children: list[Node] = field(default_factory=list)
+    content: list[str | Node] = field(default_factory=list)
+
+    @property
+    def children(self) -> list[Node]:
+        return [part for part in self.content if isinstance(part, Node)]
 
     @property
     def text(self) -> str:
-        return "".join([*self.texts, *(child.text for child in self.children)])
+        return "".join(part if isinstance(part, str) else part.text for part in self.content)
 
     def all(self, tag: str | None = None, **attributes: str) -> list[Node]:
         """Every element below with this tag and these attribute values, in document order."""
@@ -52,7 +55,7 @@ class _Parser(HTMLParser):
     def handle_starttag(self, tag, attrs):
         node = Node(tag, dict(attrs))
         assert len(node.attributes) == len(attrs), f"<{tag}> has an attribute twice"
-        self.open[-1].children.append(node)
+        self.open[-1].content.append(node)
         if tag not in VOID:
             self.open.append(node)
 
@@ -60,7 +63,7 @@ class _Parser(HTMLParser):
         assert self.open.pop().tag == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data):
-        self.open[-1].texts.append(data)
+        self.open[-1].content.append(data)
 
 
 def parse(text: str) -> Node:
@@ -149,8 +152,11 @@ SCORES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "quickstart")
+
+
+def write_tree(root: Path) -> Path:
     """outputs/quickstart in small."""
-    root = tmp_path / "quickstart"
     write_run(root / "runs" / "t2v")
     answers = [{"colour": 1.0, "shape": 1.0}, {"colour": 1.0, "shape": 0.0}, {}]
     write_samples(

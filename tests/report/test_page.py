@@ -16,15 +16,16 @@ from tests.report.conftest import (
     write_lines,
     write_run,
     write_samples,
+    write_tree,
     write_video,
 )
 
 EVIL = "</p></title></style></script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 
 
-@pytest.fixture
-def page(tree):
-    return read_page(write_report(tree))
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return read_page(write_report(write_tree(tmp_path_factory.mktemp("page") / "quickstart")))
 
 
 def section(page, anchor):

@@ -45,7 +45,7 @@ def random_latents(*size: int) -> torch.Tensor:
     blend=some.integers(0, 39),
     scale=some.sampled_from([1, 2, 8]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_weights_add_up_to_one_everywhere(length, tile, overlap, blend, scale):
     overlap = min(overlap, tile - 1)
     config = TilingConfig(tile=tile, overlap=overlap, blend=min(blend, overlap))
