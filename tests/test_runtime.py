@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_fractions_are_a_fixed_function_of_address_and_id():
         runtime.fractions(ids + 1, 0, "keep", 3),
     ):
         assert abs(np.corrcoef(values, other)[0, 1]) < 5 / len(ids) ** 0.5
+
+
+def test_a_restarted_attempt_does_not_see_the_addresses_of_the_dead(monkeypatch):
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(agent.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    places = []
+    for attempt in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        places.append(runtime._meeting_place(0, 1, timedelta(seconds=10)))
+    places[0].set("address", "of a rank")
+    assert [place.check(["address"]) for place in places] == [True, True, False]
 
 
 RANKS = """

@@ -1,6 +1,7 @@
 """The digested folder: complete or absent at every instant, and no damaged byte unnoticed."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -8,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from opensora import disk, store
+from opensora import digests, disk, store
 from opensora.errors import CheckpointError, DataError, StorageError, UsageError
 
 
@@ -287,6 +289,16 @@ def test_truncated_missing_swapped_and_added_files_are_named(tmp_path):
     assert "sub/b.bin: No such file" in problems
     assert "extra.bin: not listed" in problems
     assert not store.is_complete(path)
+
+
+def test_a_tensor_that_is_read_in_pieces_has_the_checksum_of_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_CHUNK_BYTES", 100)
+    tensors = {"a": torch.arange(60.0), "b": torch.zeros(0), "c": torch.ones(3, dtype=torch.bool)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = digests.digest(tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert found.sha256 == hashlib.sha256(content).hexdigest()
+    assert found.tensors == {n: zlib.crc32(t.numpy().tobytes()) for n, t in tensors.items()}
 
 
 def test_damage_in_safetensors_names_the_tensor(tmp_path):

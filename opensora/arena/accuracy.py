@@ -16,7 +16,7 @@ def against_truth(reading: Reading, truth: Scene, fps: float) -> dict[str, float
     """Errors of the most prominent tracks against the scene, matched by place."""
     if truth.frames != reading.num_frames:
         raise DataError(f"the truth has {truth.frames} frames, the video {reading.num_frames}")
-    tracks = reading.tracks[: len(truth.objects)]
+    tracks = reading.objects[: len(truth.objects)]
     distance = np.array(
         [
             [

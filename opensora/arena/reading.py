@@ -14,6 +14,9 @@ from opensora.arena.palette import COLOURS
 
 COLOUR_NAMES = tuple(COLOURS)
 
+MIN_PRESENCE = 0.5
+"""Share of frames in which an object must be seen to count as found."""
+
 MIN_OVERLAP = 0.85
 MIN_MARGIN = 0.03
 """A shape is named when its template overlaps the object by at least 0.85 (intersection over union,
@@ -100,6 +103,11 @@ class Reading:
     counts: np.ndarray
     strangers: np.ndarray
     bars: np.ndarray
+
+    @property
+    def objects(self) -> tuple[Track, ...]:
+        """The tracks that last: seen in at least half of the frames, most prominent first."""
+        return tuple(track for track in self.tracks if track.presence >= MIN_PRESENCE)
 
     @property
     def num_frames(self) -> int:

@@ -22,9 +22,6 @@ from opensora.arena.truth import Scene, relation
 
 Scores = dict[str, float]
 
-MIN_PRESENCE = 0.5
-"""Share of frames in which an object must be seen to count as found."""
-
 _ZOOM = 1.3
 """Ratio of last to first area from which a zoom is accepted; scenes have 1.69 and more."""
 
@@ -85,7 +82,7 @@ def match(reading: Reading, promised: Sequence[Clause]) -> list[Track | None]:
     Only the most prominent tracks are taken, as many as were promised; among them the assignment
     with most right colours, then most right shapes, then of the more prominent ones.
     """
-    present = [t for t in reading.tracks if t.presence >= MIN_PRESENCE][: len(promised)]
+    present = reading.objects[: len(promised)]
     cost = np.array(
         [
             [4.0 - 2.0 * (t.colour == p.colour) - (t.shape == p.shape) for t in present]

@@ -113,8 +113,9 @@ def colliding(dice: Dice, cast: Cast, picture: Picture) -> Layout:
         if inside.all():
             break
     else:
-        fit = length / 2 - 2 * float(radii.max()) - margin
-        radii, moment = np.full(2, radii.max()), duration / 2
+        cast = shrunk(cast, np.full(2, radii.min()))
+        radii, moment = cast.radii, duration / 2
+        fit = length / 2 - 2 * float(radii[0]) - margin
         speeds = np.full(2, min(float(cast.speeds.min()), max(fit, 0) / moment))
         track = _meet(radii, speeds, moment, length / 2, picture.times)
     across = dice.uniform(float(radii.max()) + margin, breadth - float(radii.max()) - margin)

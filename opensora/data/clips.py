@@ -98,11 +98,11 @@ class ClipReader:
     def recipe(self, row: int, bucket: Bucket) -> list[Any]:
         """JSON of all that a row's clip at step 0 and its caption depend on, but for the file."""
         manifest = self.manifest
-        start, end = float(manifest.start[row]), float(manifest.seconds[row])
+        start, seconds = float(manifest.start[row]), float(manifest.seconds[row])
         cut = [self._config.start, self._config.crop, self._config.flip]
         draws = [] if cut == ["first", "centre", 0.0] else list(self._draws(row, step=0))
         size = [bucket.num_frames, bucket.height, bucket.width]
-        return [manifest.texts[row], start, end, self.fps(row), *size, *cut, *draws]
+        return [manifest.texts[row], start, seconds, self.fps(row), *size, *cut, *draws]
 
     def start(self, row: int, num_frames: int, draw: float) -> float:
         """Where a clip begins, seconds; `draw` in [0, 1) goes from the first place to the last."""

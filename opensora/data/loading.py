@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -86,17 +87,20 @@ def answers(
     if num_workers == 0:
         yield from (dataset[request] for request in requests)
         return
-    loader: DataLoader[Any] = DataLoader(
-        _Guarded(dataset),
-        sampler=requests,  # pyright: ignore[reportArgumentType]
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-        prefetch_factor=prefetch,
-        multiprocessing_context=multiprocessing_context,
-        worker_init_fn=_start_worker,
-    )
-    iterator = iter(loader)
+    with warnings.catch_warnings():
+        # More workers than cores is the caller's choice: a worker also waits for the disk.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            _Guarded(dataset),
+            sampler=requests,  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=num_workers,
+            prefetch_factor=prefetch,
+            multiprocessing_context=multiprocessing_context,
+            worker_init_fn=_start_worker,
+        )
+        iterator = iter(loader)
     try:
         for answer in iterator:
             if isinstance(answer, OpensoraError):

@@ -61,7 +61,7 @@ class PackedStrings:
         return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8")
 
     def __iter__(self) -> Iterator[str]:
-        view = memoryview(np.ascontiguousarray(self.data))
+        view = np.ascontiguousarray(self.data).data
         for first in range(0, len(self), _BLOCK):
             edges = self.offsets[first : first + _BLOCK + 1].tolist()
             for begin, end in pairwise(edges):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensora import store
-from opensora.errors import CheckpointError
+from opensora.config import AnyConfig, validate
+from opensora.errors import CheckpointError, StorageError, UsageError
 
 KIND = "checkpoint"
 CONFIG_NAME = "config.json"
@@ -61,14 +62,21 @@ def save(root: str | Path, snapshot: Snapshot, *, keep: int) -> Path:
         for name in ("weights", "ema", "optimizer", "frozen"):
             tensors = getattr(snapshot, name)
             if tensors:
-                own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-                save_file(_unshared(own), folder / f"{name}.safetensors")
+                _write(tensors, folder / f"{name}.safetensors")
         (folder / CONFIG_NAME).write_text(snapshot.config, encoding="utf-8")
         progress = json.dumps(snapshot.progress, indent=1, ensure_ascii=False)
         (folder / PROGRESS_NAME).write_text(progress, encoding="utf-8")
     store.set_pointer(root, path.name)
     store.prune(root, keep, kind=KIND)
     return path
+
+
+def _write(tensors: Tensors, path: Path) -> None:
+    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        save_file(_unshared(own), path)
+    except SafetensorError as error:  # what it says of a disk that refuses has no errno
+        raise StorageError(f"{path} cannot be written: {error}") from None
 
 
 def _unshared(tensors: Tensors) -> Tensors:
@@ -94,13 +102,39 @@ def find(path: str | Path) -> Path:
     if (path / store.MANIFEST_NAME).is_file():
         return path
     for root in (path / "checkpoints", path):
-        newest = store.latest(root, kind=KIND)
-        if newest is not None:
-            return newest
+        found = committed(root)
+        if found:
+            return found[-1]
     state = "holds no complete checkpoint" if path.exists() else "does not exist"
     raise CheckpointError(
         f"{path} {state}: give a run folder, its checkpoints/ or one checkpoints/step-N/"
     )
+
+
+def committed(root: str | Path) -> list[Path]:
+    """The checkpoints under `root` that were once written whole, by ascending step.
+
+    One that was damaged since is among them: passing it over in silence would go back in time.
+    """
+    store.complete_folders(root, kind=KIND)  # clears what dead writers left
+    found = [p for p in Path(root).glob("step-*") if (p / store.MANIFEST_NAME).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def load_newest(root: str | Path) -> tuple[Path, Snapshot] | None:
+    """The checkpoint of the highest step under `root`, or None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged; the message says what removing it would lead to.
+    """
+    found = committed(root)
+    if not found:
+        return None
+    try:
+        return found[-1], load(found[-1])
+    except CheckpointError as error:
+        outcome = f"go on from {found[-2].name}" if found[1:] else "start again"
+        raise CheckpointError(f"{error}. Remove {found[-1]} to {outcome}") from None
 
 
 def load(path: str | Path, *, parts: tuple[str, ...] | None = None) -> Snapshot:
@@ -132,6 +166,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The resolved config of a checkpoint as a plain tree."""
     store.open_verified(path, kind=KIND, files=[CONFIG_NAME], error=CheckpointError)
     return json.loads((Path(path) / CONFIG_NAME).read_text(encoding="utf-8"))
+
+
+def part_of_config(schema: type[AnyConfig], tree: Any, folder: Path) -> AnyConfig:
+    """A part of a checkpoint's config under today's schema.
+
+    Raises:
+        CheckpointError: the checkpoint was written by a version whose configs differ.
+    """
+    try:
+        return validate(schema, tree, where=str(folder / CONFIG_NAME))
+    except UsageError as error:
+        raise CheckpointError(f"this version of opensora cannot use it: {error}") from None
 
 
 def prefixed(tensors: Tensors, prefix: str) -> Tensors:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opensora.config import Config
+from opensora.errors import CheckpointError
 
 
 class FixedEMAConfig(Config):
@@ -25,10 +26,10 @@ class FixedEMAConfig(Config):
 
 
 class PowerEMAConfig(Config):
-    """A memory that grows with the run: decay (1 - 1/n)^(gamma + 1).
+    """A memory that grows with the run: decay (1 - 1/n)^(gamma + 1) at update n = 1, 2, ...
 
     Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
-    equation 127; gamma 6.94 is a relative width of 10 %, 16.97 of 5 %.
+    equation 127; gamma 6.94 is a relative width of 10 % of the run, 16.97 of 5 %.
     """
 
     kind: Literal["power"] = "power"
@@ -74,5 +75,17 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the averages are those of other parameters.
+        """
+        mine = {name: average.shape for name, average in self.averages.items()}
+        differing = sorted(mine.items() ^ {name: v.shape for name, v in state.items()}.items())
+        if differing:
+            raise CheckpointError(
+                "the checkpoint's averages do not fit this model, beginning with "
+                f"'{differing[0][0]}'; resume with the config that wrote it"
+            )
         for name, average in self.averages.items():
             average.copy_(state[name])

@@ -6,6 +6,7 @@ more, so that engines can be exchanged by config.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class LocalEngine:
         self.module, self.optimizers = module, optimizers
         self._wrapped = module
         if self.runtime.world_size > 1:
+            # Strides of dims of size 1 mean nothing, yet 1x1x1 kernels make it warn of them.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
             self._wrapped = DistributedDataParallel(module, device_ids=ids)
 
@@ -125,8 +128,8 @@ class LocalEngine:
                     f"the checkpoint has optimizer state for '{parameter_name}', which this model "
                     "does not train; resume with the config that wrote it"
                 )
-            if value.shape == parameter.shape:
-                value = value.to(parameter.device, parameter.dtype)
+            if value.dim():  # counters stay where the optimizer keeps them, on the CPU
+                value = value.to(parameter.device)
             owner[id(parameter)].state[parameter][key] = value.clone()
 
 

@@ -111,9 +111,13 @@ class Watch:
         """The error that says what was found."""
         promised = _promised_packets(self._source)
         expected = f" of {promised}" if promised else ""
+        advice = "Replace the file, or read what is left with on_damage='keep'"
+        if self.frames == 0:
+            most = self._limits.max_pixels_per_frame
+            advice = f"Replace the file (or are its pictures over max_pixels_per_frame={most}?)"
         return DataError(
             f"'{self._source.path}' is damaged: {self.reasons[0]}; {self.frames}{expected} frames "
-            "decoded so far. Replace the file, or read what is left with on_damage='keep'"
+            f"decoded so far. {advice}"
         )
 
     def _follow(self, packet: Any) -> None:

@@ -19,6 +19,9 @@ UNSPECIFIED = 2
 FULL_RANGE = 2
 HDR_TRANSFERS = {16, 18}  # PQ and HLG in ITU-T H.273
 BACKGROUND = 255
+# swscale converts these by a fast routine within 1 level of the equation; its general routine
+# needs the flags in `Converter` to come as close, and without them is 2 levels too dark.
+FAST_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuva420p"}
 
 
 class Converter:
@@ -28,9 +31,11 @@ class Converter:
     """
 
     def __init__(self, path: str) -> None:
-        from av.video.reformatter import VideoReformatter
+        from av.video.reformatter import Interpolation, VideoReformatter
 
         self._path = path
+        accurate = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+        self._careful = Interpolation.BILINEAR | accurate
         self._reformatter = VideoReformatter()
         self._matrix: tuple[int, int, int, int] | None = None
 
@@ -50,6 +55,7 @@ class Converter:
             src_colorspace=colour_matrix(frame, self._path),
             src_color_range=colour_range(frame),
             dst_color_range="JPEG",
+            interpolation=None if frame.format.name in FAST_FORMATS else self._careful,
             threads=1,
         )
         plane = rgb.planes[0]

@@ -149,49 +149,45 @@ def _pictures(source: Source, watch: Watch, on_damage: OnDamage) -> Iterator[Pic
 
 
 class _Store:
-    """The frames gathered so far, in memory that grows with what was really decoded."""
+    """The frames gathered so far; only what the caller asked for is allocated ahead."""
 
     def __init__(self, path: str, num_frames: int | None, limits: Limits) -> None:
         self._path = path
         self._limits = limits
         self._num_frames = num_frames
-        self._blocks: list[np.ndarray] = []
-        self._used = 0  # frames in the last block
-        self._count = 0
+        self._array: np.ndarray | None = None
+        self._frames: list[np.ndarray] = []
 
     def append(self, pixels: np.ndarray, time: float) -> None:
         """Copy in uint8 (H, W, 3) pixels; `time` is for the message when the size has changed."""
-        if self._blocks and self._blocks[0].shape[1:] != pixels.shape:
-            (old_height, old_width), (height, width) = self._blocks[0].shape[1:3], pixels.shape[:2]
+        count = len(self._frames)
+        if count and self._frames[0].shape != pixels.shape:
+            (old_height, old_width), (height, width) = self._frames[0].shape[:2], pixels.shape[:2]
             raise DataError(
                 f"'{self._path}' changes its frame size from {old_width}x{old_height} to "
                 f"{width}x{height} at {time:.3f} s; cut it there"
             )
-        if not self._blocks or self._used == len(self._blocks[-1]):
-            self._add_block(pixels.shape)
-        self._blocks[-1][self._used] = pixels
-        self._used += 1
-        self._count += 1
+        self._refuse_excess(max(count + 1, self._num_frames or 0), pixels.nbytes)
+        if self._num_frames is None:
+            self._frames.append(np.array(pixels, order="C"))
+            return
+        if self._array is None:
+            self._array = np.empty((self._num_frames, *pixels.shape), np.uint8)
+        self._array[count] = pixels
+        self._frames.append(self._array[count])
 
     def repeat(self, time: float) -> None:
         """Append the last frame again."""
-        self.append(self._blocks[-1][self._used - 1], time)
+        self.append(self._frames[-1], time)
 
     def frames(self) -> np.ndarray:
         """All frames: uint8 (F, H, W, 3)."""
-        *full, last = self._blocks
-        last = last[: self._used]
-        return np.concatenate([*full, last]) if full else last
+        return np.stack(self._frames) if self._array is None else self._array
 
-    def _add_block(self, shape: tuple[int, ...]) -> None:
+    def _refuse_excess(self, num_frames: int, frame_bytes: int) -> None:
         limits = self._limits
-        most = min(limits.max_frames, limits.max_bytes // math.prod(shape))
-        if self._count >= most or (self._num_frames or 0) > most:
+        if num_frames > limits.max_frames or num_frames * frame_bytes > limits.max_bytes:
             raise DataError(
                 f"'{self._path}' gives more than max_frames={limits.max_frames} frames or "
                 f"max_bytes={limits.max_bytes}; ask for fewer frames with num_frames, fps or end"
             )
-        # A large block of its own gets huge pages, which a block that is resized does not.
-        size = self._num_frames or min(max(64, self._count), most - self._count)
-        self._blocks.append(np.empty((size, *shape), np.uint8))
-        self._used = 0

@@ -153,8 +153,8 @@ def refuse_shortage(
         short = count == 0 or request.end > stream_end + interval / 2
     if short:
         raise DataError(
-            f"'{path}' is too short: asked for {request}, found {count}; the stream ends at "
-            f"{stream_end:.3f} s. Ask for fewer frames or an earlier start"
+            f"'{path}' cannot give {request}: found {count}, and the stream ends at "
+            f"{stream_end:.3f} s. Ask for fewer frames, an earlier start or a wider range"
         )
 
 

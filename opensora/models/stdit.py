@@ -200,7 +200,7 @@ class STDiT(nn.Module):
         self.t_embedder = ScalarEmbedder(width, scale=1000.0)
         self.fps_embedder = ScalarEmbedder(width)
         if config.condition_on_size:
-            self.size_embedder = ScalarEmbedder(width)
+            self.size_embedder = ScalarEmbedder(width // 2)
         if config.pooled_channels:
             self.pooled_embedder = Mlp(config.pooled_channels, width, width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -251,6 +251,10 @@ class STDiT(nn.Module):
         """
         batch, _, frames, height, width = x.shape
         _, down, across = self.config.patch
+        if height % down or width % across:
+            raise ValueError(
+                f"latents of {height}x{width} do not divide into patches of {down}x{across}"
+            )
         grid = (height // down, width // across)
         tokens = self.x_embedder(patchify(x, self.config.patch))  # B T N D
         tokens = tokens + self._positions(grid, x.device).to(tokens.dtype)
@@ -295,7 +299,7 @@ class STDiT(nn.Module):
         if self.config.condition_on_size:
             if cond.size is None:
                 raise ValueError("this model needs sizes, but cond.size is None")
-            context = context + self.size_embedder(cond.size).sum(dim=1)
+            context = context + self.size_embedder(cond.size).flatten(1)  # height, then width
         if self.config.pooled_channels:
             if cond.pooled is None:
                 raise ValueError("this model needs pooled text, but cond.pooled is None")

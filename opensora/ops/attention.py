@@ -32,6 +32,8 @@ def attend(
     Returns:
         float (B, L, K, d) in q's dtype.
     """
+    if causal and mask is not None:
+        raise ValueError("a key mask and causal order cannot be combined; fold both into a mask")
     attention_mask = None if mask is None else mask[:, None, None, :]
     out = functional.scaled_dot_product_attention(
         q.transpose(1, 2),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opensora.report.markup import Markup, element, join
-from opensora.report.scale import Axis, figure, fit_axis, tight_axis
+from opensora.report.scale import Axis, figure, fit_axis, labels, tight_axis
 from opensora.report.series import Series, drawable, thin
 
 WIDTH, HEIGHT = 560, 260
@@ -166,16 +166,16 @@ def marker(look: str) -> Markup:
 def _grid(frame: _Frame) -> Markup:
     """Lines and labels of both axes."""
     parts = []
-    for tick in frame.y.ticks:
+    for tick, label in zip(frame.y.ticks, labels(frame.y.ticks), strict=True):
         y = f"{frame.height_of(tick):.1f}"
         parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(
-            element("text", figure(tick), x=LEFT - 8, y=y, class_="tick", text_anchor="end", dy=4)
+            element("text", label, x=LEFT - 8, y=y, class_="tick", text_anchor="end", dy=4)
         )
-    for tick in frame.x.ticks:
+    for tick, label in zip(frame.x.ticks, labels(frame.x.ticks), strict=True):
         x = f"{LEFT + float(frame.x.fraction(np.array(tick))) * PLOT_WIDTH:.1f}"
         parts.append(
-            element("text", figure(tick), x=x, y=HEIGHT - 10, class_="tick", text_anchor="middle")
+            element("text", label, x=x, y=HEIGHT - 10, class_="tick", text_anchor="middle")
         )
     base = TOP + PLOT_HEIGHT
     parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="base"))

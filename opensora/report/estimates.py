@@ -17,8 +17,8 @@ NESTING = " / "
 def parse(path: Path, document: dict[str, Any]) -> Scores:
     """The groups, targets and remaining facts of a score file.
 
-    An estimate is an object with 'mean', or a bare number inside a group. `targets` mirrors the
-    groups; a number there is to be reached, {"min": ..., "max": ...} also bounds from above.
+    An estimate is an object with 'mean'. `targets` mirrors the groups; a number there is to be
+    reached, and {"min": ..., "max": ...} also bounds from above.
     """
     groups: dict[str, dict[str, Estimate]] = {}
     facts: dict[str, Any] = {}
@@ -39,19 +39,18 @@ def parse(path: Path, document: dict[str, Any]) -> Scores:
 
 def _estimates(node: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[str, str, Estimate]]:
     for key, value in node.items():
-        if isinstance(value, dict) and "mean" not in value:
-            if len(names) < MAX_DEPTH:
-                yield from _estimates(value, (*names, key))
+        if not isinstance(value, dict):
             continue
+        if "mean" not in value and len(names) < MAX_DEPTH:
+            yield from _estimates(value, (*names, key))
         estimate = _estimate(value)
         if estimate is not None:
             yield NESTING.join(names), key, estimate
 
 
-def _estimate(value: Any) -> Estimate | None:
-    parts = value if isinstance(value, dict) else {"mean": value}
+def _estimate(parts: dict[str, Any]) -> Estimate | None:
     mean, low, high, n = (_usable(parts.get(name)) for name in ("mean", "low", "high", "n"))
-    if mean is None or isinstance(parts["mean"], bool):
+    if mean is None:
         return None
     return Estimate(mean, low, high, None if n is None else int(n))
 

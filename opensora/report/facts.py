@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from typing import Any
 
 from opensora.report.clips import Shelf
 from opensora.report.findings import Findings, Run, Tree
-from opensora.report.markup import Markup, element, escape, join
+from opensora.report.json_text import pretty
+from opensora.report.markup import Markup, element, join
 from opensora.report.reading import Notes, finite, mapping
 from opensora.report.scale import duration, figure, size
 from opensora.report.words import relative, title
-
-_JSON_TOKEN = re.compile(
-    r"(?P<key>\"(?:[^\"\\]|\\.)*\")(?=\s*:)|(?P<text>\"(?:[^\"\\]|\\.)*\")"
-    r"|(?P<value>-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity)"
-)
-
-_NUMBER_LIST = re.compile(r"\[\n[^\[\]{}\"]*\n *\]")
-"""A list without strings or nesting, which reads better on one line."""
 
 
 def commands(found: Sequence[Tree]) -> Markup | None:
@@ -95,14 +86,19 @@ def configs(runs: Sequence[Run], shelf: Shelf) -> Markup | None:
     return join(element("h3", "Resolved configs"), folded) if folded else None
 
 
-def left_out(notes: Notes, num_linked: int) -> Markup | None:
+def left_out(notes: Notes, shelf: Shelf) -> Markup | None:
     """What is not on the page, and why: nothing is dropped in silence."""
+    reasons = []
+    if shelf.num_linked:
+        reasons.append(f"{shelf.num_linked:,} did not fit the page's size limit")
+    if shelf.num_outside:
+        reasons.append(f"{shelf.num_outside:,} lie outside the reported folder")
     linked = None
-    if num_linked:
+    if reasons:
         linked = element(
             "p",
-            f"{num_linked:,} media files did not fit the page's size limit. They are linked, and "
-            "play while the page lies where it was written.",
+            f"Of the media files, {' and '.join(reasons)}. They are linked, and play while the "
+            "page lies where it was written.",
         )
     rows = [
         element("tr", element("td", element("code", name)), element("td", reason))
@@ -113,19 +109,6 @@ def left_out(notes: Notes, num_linked: int) -> Markup | None:
     if linked is None and table is None:
         return None
     return join(linked, element("div", table, class_="scroll") if table else None, more)
-
-
-def pretty(tree: Any) -> Markup:
-    """JSON with its keys, strings and values told apart by class."""
-    text = json.dumps(tree, indent=2, ensure_ascii=False)
-    text = _NUMBER_LIST.sub(lambda found: " ".join(found.group().split()), text)
-    parts: list[Markup] = []
-    end = 0
-    for match in _JSON_TOKEN.finditer(text):
-        parts.append(escape(text[end : match.start()]))
-        parts.append(element("span", match.group(), class_=f"json-{match.lastgroup}"))
-        end = match.end()
-    return join(parts, escape(text[end:]))
 
 
 def _flat(tree: Tree) -> list[tuple[str, str]]:

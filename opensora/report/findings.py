@@ -144,6 +144,11 @@ class Dataset:
     facts: dict[str, str]
     examples: tuple[Sample, ...]
 
+    @property
+    def folder_or_file(self) -> Path:
+        """What people call it: the folder of a `manifest.csv`, or the table of another name."""
+        return self.path.parent if self.path.stem == "manifest" else self.path
+
 
 @dataclass(frozen=True)
 class Findings:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from opensora.report.clips import Shelf
-from opensora.report.findings import QUESTIONS, Dataset, Gallery, Run, Sample, Tree
+from opensora.report.findings import QUESTIONS, Dataset, Gallery, Run, Sample
+from opensora.report.json_text import pretty
 from opensora.report.markup import Markup, element, join
 from opensora.report.scale import figure
 from opensora.report.words import plain, plural, relative
 
 NUM_OPEN = 24
-"""Cards of a gallery on show at first; the rest unfold."""
+"""Cards of the first gallery on show at first; the rest unfold."""
+
+NUM_OPEN_LATER = 10
 
 NUM_STEPS = 6
 NUM_PROMPTS = 8
@@ -25,7 +28,10 @@ def galleries(found: Sequence[Gallery], shelf: Shelf) -> Markup | None:
     if not found:
         return None
     single = len(found) == 1
-    return join(_gallery(gallery, shelf, single=single) for gallery in found)
+    return join(
+        _gallery(gallery, shelf, single=single, num_open=NUM_OPEN if first else NUM_OPEN_LATER)
+        for first, gallery in zip([True, *[False] * len(found)], found, strict=False)
+    )
 
 
 def learning(run: Run, shelf: Shelf) -> Markup | None:
@@ -72,7 +78,7 @@ def data(datasets: Sequence[Dataset], root: Path, shelf: Shelf) -> Markup | None
     return join(
         element(
             "article",
-            element("h3", relative(dataset.path.parent, root)),
+            element("h3", relative(dataset.folder_or_file, root)),
             element(
                 "p",
                 [
@@ -90,16 +96,16 @@ def data(datasets: Sequence[Dataset], root: Path, shelf: Shelf) -> Markup | None
     )
 
 
-def _gallery(gallery: Gallery, shelf: Shelf, *, single: bool) -> Markup:
+def _gallery(gallery: Gallery, shelf: Shelf, *, single: bool, num_open: int) -> Markup:
     samples = gallery.samples
     cards = [_card(sample, shelf) for sample in samples]
-    rest = cards[NUM_OPEN:]
+    rest = cards[num_open:]
     return element(
         "article",
         None if single else element("h3", relative(gallery.path, shelf.root)),
         _sources(samples),
         _filters(samples),
-        element("div", cards[:NUM_OPEN], class_="cards"),
+        element("div", cards[:num_open], class_="cards"),
         element(
             "details",
             element("summary", f"{len(rest)} more"),
@@ -173,21 +179,11 @@ def _sources(samples: Sequence[Sample]) -> Markup:
     if judged:
         parts.append(f"{sum(judged)} of {len(judged)} right in every question")
     settings = {json.dumps(sample.sampling, sort_keys=True) for sample in samples}
-    drawn = dict(_flat(samples[0].sampling)) if len(settings) == 1 else {}
-    words = " · ".join(f"{plain(name)} {value}" for name, value in drawn.items())
-    return join(
-        element("p", ", ".join(parts) + ".", class_="lead"),
-        element("p", words, class_="note") if words else None,
+    common = samples[0].sampling if len(settings) == 1 else {}
+    how = element(
+        "details", element("summary", "How they were drawn"), element("pre", pretty(common))
     )
-
-
-def _flat(tree: Tree, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """A tree of settings as 'guidance.scale' -> '3'; lists and nothings are left to the file."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, str | int | float):
-            yield f"{prefix}{key}".removesuffix(".kind"), str(value)
+    return join(element("p", ", ".join(parts) + ".", class_="lead"), how if common else None)
 
 
 def _named(samples: Sequence[Sample], name: str) -> Sample | None:

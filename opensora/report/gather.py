@@ -55,12 +55,15 @@ def gather(root: Path) -> Findings:
     folders = list(_folders(root, notes))
     scores = [_scores(folder, names, notes) for folder, names in folders]
     galleries = [_gallery(folder, names, notes) for folder, names in folders]
+    runs = [_run(folder, notes) for folder, names in folders if _is_run(names)]
     tables = [(f / name) for f, names in folders for name in sorted(names & set(manifests.NAMES))]
+    tables = dict.fromkeys([*tables, *(path for run in runs for path in _trained_on(run, root))])
     datasets = [manifests.read(path, notes) for path in tables]
+    found_galleries = [gallery for gallery in galleries if gallery is not None]
     return Findings(
         root=root,
-        runs=tuple(_run(folder, notes) for folder, names in folders if _is_run(names)),
-        galleries=tuple(gallery for gallery in galleries if gallery is not None),
+        runs=tuple(runs),
+        galleries=tuple(sorted(found_galleries, key=_interest)),
         scores=tuple(found for found in scores if found is not None),
         datasets=tuple(dataset for dataset in datasets if dataset is not None),
         commands=tuple(row for folder, _ in folders for row in read_commands(folder, notes)),
@@ -111,6 +114,22 @@ def _newest(folder: Path, names: set[str]) -> float:
 def _is_run(names: set[str]) -> bool:
     """A run that has recorded something, or is about to."""
     return "metrics.jsonl" in names or {"config.json", "environment.json"} <= names
+
+
+def _trained_on(run: Run, root: Path) -> Iterator[Path]:
+    """The manifests that a run's config names, as far as they lie below the root."""
+    data = mapping(run.config.get("data"))
+    for name in (data.get("manifest"), data.get("validation")):
+        if isinstance(name, str) and "\0" not in name and Path(name).suffix in (".csv", ".parquet"):
+            path = Path(name).resolve()
+            if path.is_relative_to(root) and path.is_file():
+                yield path
+
+
+def _interest(gallery: Gallery) -> tuple[bool, bool]:
+    """Judged samples first, those of untrained controls last."""
+    judged = any(sample.is_right is not None for sample in gallery.samples)
+    return not judged, "untrained" in gallery.path.name
 
 
 def _scores(folder: Path, names: set[str], notes: Notes) -> Scores | None:
@@ -216,12 +235,19 @@ def _listed(folder: Path, notes: Notes) -> list[Sample]:
                 file=folder / name,
                 prompt=str(row.get("prompt", "")),
                 seed=None if seed is None else int(seed),
-                checkpoint=str(row.get("checkpoint") or ""),
-                sampling=mapping(row.get("sampling")),
+                checkpoint=_drawn_by(row),
+                sampling=mapping(row.get("sampling")) | mapping(row.get("shape")),
                 scores={k: v for k, v in answers.items() if v is not None and abs(v) <= LARGEST},
             )
         )
     return samples
+
+
+def _drawn_by(row: Tree) -> str:
+    """A checkpoint's name, or the first letters of its weights' digest."""
+    if row.get("checkpoint"):
+        return str(row["checkpoint"])
+    return f"weights {str(row['weights'])[:12]}" if row.get("weights") else ""
 
 
 def _samples_by_step(folder: Path, config: Tree, notes: Notes) -> dict[int, tuple[Sample, ...]]:

@@ -106,7 +106,7 @@ def _sections(findings: Findings, shelf: Shelf) -> list[tuple[str, str, Markup]]
         ("again", "How to do it again", join(how) or None),
     ]
     # Last, because only now is it known what the sections above could not show.
-    parts.append(("missing", "Left out", facts.left_out(findings.notes, shelf.num_linked)))
+    parts.append(("missing", "Left out", facts.left_out(findings.notes, shelf)))
     return [(anchor, heading, content) for anchor, heading, content in parts if content]
 
 

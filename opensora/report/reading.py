@@ -15,6 +15,8 @@ from typing import Any
 
 MAX_NOTES = 50
 MAX_DOCUMENT_BYTES = 32 * 2**20
+MAX_DEPTH = 64
+"""Deeper nesting than this is no run's, and would exhaust the stack of whoever walks it."""
 
 
 @dataclass
@@ -55,6 +57,9 @@ def read_document(path: Path, notes: Notes) -> dict[str, Any]:
     if not isinstance(document, dict):
         notes.add(path, f"holds {_kind(document)} where an object of keys is expected")
         return {}
+    if _is_too_deep(document):
+        notes.add(path, f"is nested more than {MAX_DEPTH} levels deep")
+        return {}
     return document
 
 
@@ -73,7 +78,8 @@ def read_lines(path: Path, notes: Notes) -> Iterator[dict[str, Any]]:
                     record = json.loads(line)
                 except (ValueError, RecursionError):
                     record = None
-                if isinstance(record, dict):
+                suspect = line.count("{") + line.count("[") > MAX_DEPTH
+                if isinstance(record, dict) and not (suspect and _is_too_deep(record)):
                     yield record
                 else:
                     bad.append(number)
@@ -162,6 +168,18 @@ def _text(path: Path, notes: Notes) -> str | None:
     except OSError as error:
         notes.add(path, f"cannot be read: {error.strerror}")
         return None
+
+
+def _is_too_deep(document: object) -> bool:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)
 
 
 def _kind(value: object) -> str:

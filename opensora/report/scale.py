@@ -6,6 +6,7 @@ Pure functions; nothing here knows HTML.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,15 @@ def figure(value: float | None, digits: int = 3, *, unit: str = "") -> str:
         if size >= large * (1 - 0.5 * 10.0**-digits):  # what would be rounded up to it
             return _significant(value / large, digits) + prefix
     return _significant(value, digits)
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks of an axis with as many digits as none of them needs to be rounded at."""
+    for digits in range(3, 10):
+        shortened = (float(f"{tick:.{digits}g}") for tick in ticks)
+        if all(math.isclose(s, t, rel_tol=1e-9) for s, t in zip(shortened, ticks, strict=True)):
+            return [figure(tick, digits) for tick in ticks]
+    return [figure(tick, 10) for tick in ticks]
 
 
 def duration(seconds: float | None) -> str:

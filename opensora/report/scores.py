@@ -9,13 +9,15 @@ import numpy as np
 
 from opensora.report import charts
 from opensora.report.findings import QUESTIONS, Estimate, Scores, Target
+from opensora.report.json_text import pretty
 from opensora.report.markup import Markup, element, join
 from opensora.report.scale import Axis, figure, fit_axis
 from opensora.report.words import plain, relative, title
 
 HEADLINES = ("colour", "direction", "count", "shape")
-ORDER = ("trained", "shuffled", "untrained", "vae")
-LOOKS = ("c0 circle", "c1 square", "c2 triangle", "c3 diamond", "c4 circle", "c5 square")
+ORDER = ("trained", "shuffled", "untrained", "vae", "truth")
+SHAPES = ("circle", "square", "triangle", "diamond")
+NUM_COLOURS = 6
 
 
 def section(found: Sequence[Scores], root: Path) -> Markup | None:
@@ -38,7 +40,7 @@ def headlines(scores: Scores) -> list[tuple[str, Estimate, Target | None]]:
 
 def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
     groups = _ordered(scores.groups)
-    looks = {group: LOOKS[i % len(LOOKS)] for i, group in enumerate(groups)}
+    looks = {group: _look(i) for i, group in enumerate(groups)}
     metrics = _metrics(scores)
     main = [m for m in metrics if m in HEADLINES or any((g, m) in scores.targets for g in groups)]
     main = main or metrics[:4]
@@ -61,12 +63,12 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
 
 
 def _ordered(groups: dict[str, dict[str, Estimate]]) -> list[str]:
-    """Known groups first; a nested group or variant stays behind the one it belongs to."""
+    """Known groups first; 'trained_two_objects' and 'trained / 2' stay behind 'trained'."""
 
-    def rank(item: tuple[int, str]) -> tuple[int, int]:
+    def rank(item: tuple[int, str]) -> tuple[int, bool, int]:
         position, name = item
-        known = [i for i, first in enumerate(ORDER) if name == first]
-        return (known[0] if known else len(ORDER), position)
+        known = [i for i, first in enumerate(ORDER) if name.startswith(first)]
+        return (known[0] if known else len(ORDER), name not in ORDER, position)
 
     return [name for _, name in sorted(enumerate(groups), key=rank)]
 
@@ -145,6 +147,12 @@ def _row(
     )
 
 
+def _look(index: int) -> str:
+    """Colour and shape of a group; the first 24 all differ."""
+    shape = SHAPES[(index + index // NUM_COLOURS) % len(SHAPES)]
+    return f"c{index % NUM_COLOURS} {shape}"
+
+
 def _key(look: str) -> Markup:
     return element(
         "svg",
@@ -207,11 +215,15 @@ def _verdict(scores: Scores) -> Markup | None:
 
 
 def _facts(scores: Scores) -> Markup | None:
-    simple = {k: v for k, v in scores.facts.items() if isinstance(v, str | int | float)}
-    if not simple:
+    """Whatever else the file says, such as the protocol of the suite."""
+    if not scores.facts:
         return None
-    words = ", ".join(f"{plain(name)} {value}" for name, value in simple.items())
-    return element("p", f"Also recorded: {words}.", class_="note")
+    return element(
+        "details",
+        element("summary", "How it was measured"),
+        element("pre", pretty(scores.facts)),
+        class_="more",
+    )
 
 
 def _value(value: float) -> str:

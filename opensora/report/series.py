@@ -64,7 +64,7 @@ class Collector:
 
     def series(self) -> Series:
         steps, values = np.array(self.steps), np.array(self.values)
-        order = np.argsort(steps, kind="quicksort")
+        order = np.argsort(steps, kind="stable")
         steps, values = steps[order], values[order]
         last = np.append(steps[1:] != steps[:-1], True)[: len(steps)]
         return Series(steps[last], values[last])

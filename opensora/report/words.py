@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LABELS = {
-    "loss": "Loss",
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "l1": "L1 error",
+TERMS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "l1": "L1 error", "vae": "VAE"}
+"""Keys whose words are more than the key without its underscores."""
+
+TITLES = {
     "kl": "KL divergence",
-    "gradient_norm": "Gradient norm",
-    "tokens_per_second": "Tokens per second",
-    "matmul_share": "Share of the machine's matmul rate",
-    "peak_memory_bytes": "Peak memory",
     "lr_factor": "Learning rate factor",
-    "cpu": "CPU",
+    "matmul_share": "Share of the machine's matmul rate",
     "opensora": "opensora",
+    "peak_memory_bytes": "Peak memory",
     "torch": "PyTorch",
 }
+"""Keys whose heading is another one than their words."""
 
 
 def title(name: str) -> str:
     """A metric's or fact's key as a heading: 'gradient_norm' -> 'Gradient norm'."""
-    return LABELS.get(name) or plain(name)[:1].upper() + plain(name)[1:]
+    return TITLES.get(name) or plain(name)[:1].upper() + plain(name)[1:]
 
 
 def plain(name: str) -> str:
-    """A key as words: 'newton_residual' -> 'newton residual'."""
-    return name.replace("_", " ").strip()
+    """A key as words: 'newton_residual' -> 'newton residual', 'psnr' -> 'PSNR'."""
+    return TERMS.get(name) or name.replace("_", " ").strip()
 
 
 def plural(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,15 +31,15 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "samples",
     "validation",
-    "micro_batch",
+    "resume_despite",
     "data.num_workers",
     "data.manifest",
     "data.cache",
     "data.validation",
     "task.vae_from",
 )
-"""Keys that may differ before and after a resume. Paths are free because what they lead to is
-compared by its digest; the others move no weight, or (micro_batch) by rounding only."""
+"""Keys that may differ before and after a resume: none of them moves a weight. Paths are among
+them because what they lead to is compared by its digest."""
 
 
 class CheckpointConfig(Config):
@@ -89,7 +90,8 @@ class TrainConfig(Config):
     micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="samples at a time on a rank; gradients accumulate over the rest",
+        description="samples at a time on a rank, gradients accumulate; the task autoencoder "
+        "standardises over these samples, text_to_video does not depend on it",
     )
     max_grad_norm: float = Field(default=1.0, gt=0)
     task: TaskConfig
@@ -102,6 +104,18 @@ class TrainConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
+    resume_despite: tuple[str, ...] = Field(
+        default=(),
+        description="keys, such as steps, optim or data, whose change a resume accepts",
+    )
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> TrainConfig:
+        if self.task.kind == "autoencoder" and self.data.kind == "latents":
+            raise ValueError("task autoencoder trains on clips: set data.kind=clips and a manifest")
+        if self.samples.every and self.task.kind != "text_to_video":
+            raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
+        return self
 
     def json_text(self) -> str:
         """The resolved config as it is written into checkpoints."""
@@ -113,24 +127,36 @@ class TrainConfig(Config):
         Raises:
             UsageError: naming the first keys that differ.
         """
-        mine, theirs = json.loads(self.json_text()), json.loads(saved)
-        for key in FREE_TO_CHANGE:
-            *parents, last = key.split(".")
-            for tree in (mine, theirs):
-                for parent in parents:
-                    tree = tree.get(parent, {})
-                tree.pop(last, None)
-        changed = list(_differences(mine, theirs, ""))
-        if changed:
+        free = [*FREE_TO_CHANGE, *self.resume_despite]
+        if self.task.kind == "text_to_video":
+            free.append("micro_batch")  # gradients of its samples simply add
+        changes = [
+            (key, change)
+            for key, change in _differences(json.loads(self.json_text()), json.loads(saved), "")
+            if not _covers(free, key)
+        ]
+        if changes:
+            told = "; ".join(f"{key} {change}" for key, change in changes[:4])
             raise UsageError(
-                f"{where} was written by another config: {'; '.join(changed[:4])}. Use a new "
-                "output= for the changed run, or restore the old values to resume"
+                f"{where} was written by another config: {told}. Use a new output= for the changed "
+                f"run, restore the old values, or accept it with resume_despite=[{changes[0][0]}]"
             )
 
+    def accepts_change_of(self, key: str) -> bool:
+        """Whether a resume may go on though this key, or what it leads to, has changed."""
+        return _covers(self.resume_despite, key)
 
-def _differences(mine: object, theirs: object, path: str):
+
+def _covers(accepted: Iterable[str], key: str) -> bool:
+    """Whether a key or a part that it belongs to is accepted. Another `kind` never is."""
+    within = any(key == name or key.startswith(f"{name}.") for name in accepted)
+    return within and not (key.endswith(".kind") and key not in accepted)
+
+
+def _differences(mine: object, theirs: object, path: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, 'is ..., was ...') of each leaf that differs."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in sorted({*mine, *theirs}):
             yield from _differences(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
     elif mine != theirs:
-        yield f"{path} is {mine!r}, was {theirs!r}"
+        yield path, f"is {mine!r}, was {theirs!r}"

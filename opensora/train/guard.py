@@ -22,7 +22,7 @@ class GuardConfig(Config):
     spike_sigmas: float = Field(
         default=6.0,
         gt=0,
-        description="a loss this many deviations above the recent mean is a spike",
+        description="a loss this many deviations above the recent mean, and twice it, is a spike",
     )
     window: int = Field(
         default=128, ge=8, description="accepted losses that the mean is taken over"
@@ -39,7 +39,11 @@ class Guard:
     skipped_in_a_row: int = 0
 
     def verdict(self, loss: float, gradient_norm: float) -> str | None:
-        """None to go on, or why this step is skipped. Half a window must be known for a spike."""
+        """None to go on, or why this step is skipped.
+
+        Half a window must be known for a spike. Where losses hardly differ, deviations say
+        nothing, so a spike is also at least twice the mean.
+        """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if not math.isfinite(gradient_norm):
@@ -47,13 +51,13 @@ class Guard:
         if len(self.recent) >= self.config.window // 2:
             mean = sum(self.recent) / len(self.recent)
             variance = sum((x - mean) ** 2 for x in self.recent) / len(self.recent)
-            limit = mean + self.config.spike_sigmas * math.sqrt(variance)
+            limit = mean + max(abs(mean), self.config.spike_sigmas * math.sqrt(variance))
             if loss > limit:
                 return f"the loss {loss:.4g} is above {limit:.4g}, a spike"
         return None
 
     def record(self, loss: float, reason: str | None, *, step: int) -> None:
-        """Remember an outcome.
+        """Remember the outcome of step number `step`, counted from 1.
 
         Raises:
             NumericsError: after `patience` skipped steps in a row.
@@ -68,8 +72,9 @@ class Guard:
         if self.skipped_in_a_row >= self.config.patience:
             raise NumericsError(
                 f"step {step}: {self.skipped_in_a_row} steps in a row were skipped, the last "
-                f"because {reason}. incidents.jsonl names the samples; lower optim.lr or remove "
-                "them, then run the same command to go on from the last checkpoint"
+                f"because {reason}. incidents.jsonl names the samples. Go on from the last "
+                "checkpoint with a lower rate (optim.lr=... resume_despite=[optim]), or without "
+                "them (resume_despite=[data])"
             )
 
     def state(self) -> dict[str, Any]:

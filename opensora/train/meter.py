@@ -8,19 +8,40 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from opensora.train.tracking import peak_memory_bytes
 
 Output = TypeVar("Output")
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up the FLOPs of what runs inside it, by torch's formulas, and changes nothing.
+
+    torch's own FlopCounterMode takes operators apart, which rounds some of them differently: a
+    resumed run, which counts again, would no longer be the uninterrupted one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 @dataclass
 class Meter:
     """Counts work since the last reading; time spent on validation and saving is left out.
 
-    FLOPs are those of matrix products, convolutions and attention, forward and backward, as
-    torch's counter defines them, counted once for each shape of batch.
+    FLOPs are those of matrix products, convolutions and attention, forward and backward, counted
+    once for each shape of batch.
 
     Attributes:
         matmul_rate: FLOP/s that this job's devices reach on plain matrix products.
@@ -39,9 +60,9 @@ class Meter:
         """Do the work of a micro-batch of some shape; returns its FLOPs beside its output."""
         if shape in self._known:
             return work(), self._known[shape]
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             output = work()
-        self._known[shape] = counter.get_total_flops()
+        self._known[shape] = counter.total
         return output, self._known[shape]
 
     def add(self, *, tokens: float, flops: float) -> None:

@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and learning-rate schedules.
 
-Matrices inside blocks may be trained by Muon; embeddings, norms, biases and outputs by AdamW. All
-state is kept per parameter name, so any engine can save it and any layout can load it.
+Weights of linear and convolution layers may be trained by Muon; embeddings, norms, biases and
+tables by AdamW. All state is per parameter, so any engine can save it and any layout can load it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class ScheduleConfig(Config):
 
     warmup_steps: int = Field(default=0, ge=0, description="linear rise from zero")
     decay: Literal["constant", "cosine", "linear"] = "cosine"
-    final_factor: float = Field(default=0.0, ge=0, le=1, description="factor at the last step")
+    final_factor: float = Field(
+        default=0.0, ge=0, le=1, description="what the factor falls to after the last step"
+    )
 
     def factor(self, step: int, total_steps: int) -> float:
         """The factor for the update number `step` (0-based) of `total_steps`."""
@@ -69,23 +71,27 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
     """Push all singular values of a stack of matrices (N, R, C) towards one.
 
     The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024) with its published
-    coefficients; singular values end within about [0.7, 1.2], which is all that Muon needs.
+    coefficients. Five steps take singular values from 0.01 of the Frobenius norm up to about
+    [0.7, 1.2], which is all that Muon needs. On CUDA in bfloat16, as published: a tenth of the
+    time.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     transposed = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if transposed else matrices
+    x = x.bfloat16() if x.is_cuda else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(b * gram, gram, gram, beta=1, alpha=c) @ x
-    return x.mT if transposed else x
+    return (x.mT if transposed else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised; convolution kernels count as matrices.
 
-    torch.optim.Muon takes 2-D parameters one by one. This one folds convolutions to
-    (out, in * taps) and runs parameters of one shape as a batch.
+    With 2-D parameters it is torch.optim.Muon (Nesterov, "original" rate) but for the precision of
+    the iteration, which there is bfloat16 everywhere; that one refuses others. This one folds
+    convolutions to (out, in * taps) and runs parameters of one shape as a batch.
     """
 
     def __init__(self, params: Iterable, *, lr: float, momentum: float, steps: int, decay: float):

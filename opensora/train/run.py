@@ -10,12 +10,16 @@ import torch
 
 from opensora import __version__, runtime, zoo
 from opensora.data import sources
+from opensora.data.latents import open_cache
+from opensora.disk import preflight, replace_file
+from opensora.engine import checkpoint
 from opensora.engine.local import LocalEngine
 from opensora.errors import UsageError
 from opensora.runtime import Runtime, log
 from opensora.train import optim
 from opensora.train.autoencoder import Autoencoder, AutoencoderConfig
 from opensora.train.config import TrainConfig
+from opensora.train.signals import Requests, listening
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve
 from opensora.train.trainer import Sampler, Trainer
@@ -36,6 +40,23 @@ def train(
     Raises:
         OpensoraError: with the exit code of its kind.
     """
+    with listening() as requests:
+        trainer = prepare(config, place, requests=requests, sampler=sampler)
+        trainer.run()
+
+
+def prepare(
+    config: TrainConfig,
+    place: Runtime,
+    *,
+    requests: Requests | None = None,
+    sampler: Callable[[TrainConfig], Sampler] | None = None,
+) -> Trainer:
+    """The trainer of a config, where the last attempt stopped; the arguments are those of `train`.
+
+    Args:
+        requests: what signals ask for.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     rates = measure(place)
@@ -47,19 +68,22 @@ def train(
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
     engine = LocalEngine(place, precision=precision)
     engine.wrap(task, optimizers)
-    if place.is_main:
-        _write_facts(config, place, task, rates)
     trainer = Trainer(
         config,
         runtime=place,
         task=task,
         engine=engine,
         source=source,
+        requests=requests,
         sampler=sampler(config) if sampler is not None and config.samples.every else None,
         matmul_rate=rates[config.precision] * place.world_size,
     )
-    trainer.resume()
-    trainer.run()
+    if place.is_main:
+        preflight(config.output, num_bytes=_bytes_to_save(task))
+    trainer.state.resume()
+    if place.is_main:
+        _write_facts(config, place, task, rates)
+    return trainer
 
 
 def measure(place: Runtime) -> dict[str, float]:
@@ -74,13 +98,21 @@ def settle(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> Trai
     """The config with every choice made that depends on the machine or on other runs."""
     changes: dict[str, object] = {}
     if config.precision == "auto":
-        faster = torch.tensor([float(rates["bf16"] > 1.2 * rates["fp32"])])
-        chosen = "bf16" if place.all_reduce(faster, "max").item() else "fp32"
-        changes["precision"] = chosen
-        log.info("precision %s: bf16 %.0f, fp32 %.0f GFLOP/s", chosen, *_giga(rates))
-    if isinstance(config.task, TextToVideoConfig) and config.task.vae is None:
+        changes["precision"] = _precision(config, place, rates)
+    if isinstance(config.task, TextToVideoConfig):
         changes["task"] = resolve(config.task)
     return config.model_copy(update=changes)
+
+
+def _precision(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> str:
+    """The precision that the run began with; for a new run the faster one."""
+    begun = checkpoint.committed(config.output / "checkpoints")
+    if begun:
+        return checkpoint.read_config(begun[-1])["precision"]
+    faster = torch.tensor([float(rates["bf16"] > 1.2 * rates["fp32"])])
+    chosen = "bf16" if place.all_reduce(faster, "max").item() else "fp32"
+    log.info("precision %s: bf16 %.0f, fp32 %.0f GFLOP/s", chosen, *_giga(rates))
+    return chosen
 
 
 def _giga(rates: dict[str, float]) -> tuple[float, float]:
@@ -92,7 +124,8 @@ def build_task(config: TrainConfig) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.address(config.seed, "weights"))
         if isinstance(config.task, AutoencoderConfig):
-            return Autoencoder(config.task, seed=config.seed)
+            whole = config.micro_batch is None
+            return Autoencoder(config.task, seed=config.seed, whole_batch=whole)
         text = zoo.build_text(config.task.text)
         if config.task.vae_from is None:
             raise UsageError("task.vae_from is not set: name the run or checkpoint of a VAE")
@@ -102,19 +135,25 @@ def build_task(config: TrainConfig) -> Task:
 
 def needs_of(config: TrainConfig, task: Task) -> sources.Needs:
     """What a task asks of its data: how clips must divide, and which latents it takes."""
-    if isinstance(task, TextToVideo):
-        latents = task.latent_identity() if config.data.kind == "latents" else None
-        return sources.Needs(task.vae.stride, task.config.model.patch, latents)
-    assert isinstance(task, Autoencoder)
-    if config.data.kind == "latents":
-        raise UsageError("task autoencoder trains on clips: set data.kind=clips and a manifest")
-    return sources.Needs(task.vae.stride, (1, 1, 1), None)
+    if not isinstance(task, TextToVideo):
+        assert isinstance(task, Autoencoder)
+        return sources.Needs(task.vae.stride, (1, 1, 1), None)
+    identity = None
+    if isinstance(config.data, sources.LatentsSourceConfig):
+        identity = task.latent_identity(open_cache(config.data.cache).identity)
+    return sources.Needs(task.vae.stride, task.config.model.patch, identity)
+
+
+def _bytes_to_save(task: Task) -> int:
+    """Room for two checkpoints: float32 weights, averages and two moments, and frozen weights."""
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    frozen = sum(value.nbytes for value in task.frozen().values())
+    return 2 * (16 * trained + frozen)
 
 
 def _write_facts(config: TrainConfig, place: Runtime, task: Task, rates: dict[str, float]) -> None:
     """config.json and environment.json in the run folder, for people and the report."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / "config.json").write_text(config.json_text(), encoding="utf-8")
+    replace_file(config.output / "config.json", config.json_text().encode())
     facts = {
         "opensora": __version__,
         "python": platform.python_version(),
@@ -127,5 +166,5 @@ def _write_facts(config: TrainConfig, place: Runtime, task: Task, rates: dict[st
         "matmul_flops_per_second": rates,
         "parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
     }
-    path = config.output / "environment.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(facts, indent=1) + "\n"
+    replace_file(config.output / "environment.json", text.encode())

@@ -15,8 +15,9 @@ from opensora.diffusion.masks import MaskConfig
 from opensora.engine import checkpoint
 from opensora.engine.local import load_weights
 from opensora.errors import CheckpointError, UsageError
+from opensora.text.features import CachedEncoder
 from opensora.train.tasks import StepLoss, Sums, Task
-from opensora.types import Condition, LatentBatch, VideoBatch
+from opensora.types import Condition, LatentBatch, VideoBatch, concatenate
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
 
@@ -43,11 +44,8 @@ def load_vae(path: str | Path) -> CausalVAE:
         CheckpointError: when the checkpoint has no VAE.
     """
     folder = checkpoint.find(path)
-    tree = checkpoint.read_config(folder)["task"]
-    if tree.get("vae") is None:
-        raise CheckpointError(f"{folder} has no VAE: its task is '{tree.get('kind')}'")
-    vae = zoo.build_vae(zoo.VAEConfig.model_validate(tree["vae"]))
-    if tree["kind"] == "autoencoder":
+    vae = zoo.build_vae(_vae_config(folder))
+    if checkpoint.read_config(folder)["task"]["kind"] == "autoencoder":
         snapshot = checkpoint.load(folder, parts=("weights", "ema"))
         weights = checkpoint.prefixed(checkpoint.inference_weights(snapshot), "vae")
     else:
@@ -56,21 +54,36 @@ def load_vae(path: str | Path) -> CausalVAE:
     return vae.eval().requires_grad_(False)
 
 
+def _vae_config(folder: Path) -> zoo.VAEConfig:
+    tree = checkpoint.read_config(folder)["task"]
+    if tree.get("vae") is None:
+        raise CheckpointError(f"{folder} has no VAE: its task is '{tree.get('kind')}'")
+    return checkpoint.part_of_config(zoo.VAEConfig, tree["vae"], folder)
+
+
 def resolve(config: TextToVideoConfig) -> TextToVideoConfig:
     """The config with the VAE's architecture written in.
 
     Raises:
-        UsageError: neither `vae` nor `vae_from` is given.
+        UsageError: `vae_from` is missing, or its VAE is not the `vae` of the config.
     """
     if config.vae_from is None:
         raise UsageError("task.vae_from is not set: name the run or checkpoint of a trained VAE")
-    tree = checkpoint.read_config(checkpoint.find(config.vae_from))["task"]
-    vae = zoo.VAEConfig.model_validate(tree["vae"])
-    return config.model_copy(update={"vae": vae})
+    found = _vae_config(checkpoint.find(config.vae_from))
+    if config.vae is not None and config.vae != found:
+        raise UsageError(
+            f"task.vae is another VAE than the one of task.vae_from={config.vae_from}: leave "
+            "task.vae out"
+        )
+    return config.model_copy(update={"vae": found})
 
 
 class TextToVideo(Task):
-    """Holds the denoiser as `model` and, where it is trained along, the text encoder as `text`."""
+    """Holds the denoiser as `model` and, where it is trained along, the text encoder as `text`.
+
+    The VAE and a pretrained text encoder are used but not held: they go where the task goes and
+    are no part of its state.
+    """
 
     def __init__(self, config: TextToVideoConfig, *, vae: CausalVAE, text: nn.Module, seed: int):
         super().__init__()
@@ -82,7 +95,13 @@ class TextToVideo(Task):
         if text.trainable:
             self.text = text
         else:
-            self._frozen["text"] = text
+            self._frozen["text"] = CachedEncoder(text)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TextToVideo:
+        """Frozen parts follow the task to its device."""
+        for part in self._frozen.values():
+            part._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def vae(self) -> CausalVAE:
@@ -90,11 +109,22 @@ class TextToVideo(Task):
 
     @property
     def text_encoder(self) -> nn.Module:
-        return self._frozen.get("text", None) or self.text
+        """What turns captions into conditions: `text`, or a frozen encoder that remembers."""
+        encoder: nn.Module | None = self._frozen.get("text")
+        return self.text if encoder is None else encoder
 
-    def latent_identity(self) -> dict[str, Any]:
-        """What a cache of latents for this task carries as its encoder's identity."""
-        return {"vae": checkpoint.identity(self.vae.state_dict())}
+    def latent_identity(self, cached: dict[str, Any]) -> dict[str, Any]:
+        """The identity that a cache of latents for this task has to carry.
+
+        Args:
+            cached: what the cache carries. Text features in it count where the text encoder is
+                frozen; one that trains along makes its own.
+        """
+        identity = {"vae": checkpoint.identity(self.vae.state_dict())}
+        if "text" in cached:
+            frozen = "text" in self._frozen
+            identity["text"] = self.text_encoder.identity() if frozen else cached["text"]
+        return identity
 
     def frozen(self) -> dict[str, Tensor]:
         return {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
@@ -171,11 +201,21 @@ class TextToVideo(Task):
         """Text features and clip facts, with some captions replaced by the null text."""
         device = self.model.x_embedder.weight.device
         texts = [None if gone else text for text, gone in zip(batch.texts, dropped, strict=True)]
-        cond: Condition = self.text_encoder.encode(texts)
+        cond = self._text_features(texts, getattr(batch, "features", None))
         shape = self.shape(batch)
         size = torch.tensor([[shape["height"], shape["width"]]]).expand(len(batch), 2)
         fps, size = batch.fps.to(device), size.to(device, torch.float32)
         return Condition(cond.tokens, cond.mask, cond.pooled, fps=fps, size=size).to(device)
+
+    def _text_features(self, texts: list[str | None], cached: Condition | None) -> Condition:
+        """Features of captions; those of a frozen encoder come from the cache where it has them."""
+        if cached is None or "text" not in self._frozen:
+            return self.text_encoder.encode(texts)
+        if None not in texts:
+            return cached
+        null = self.text_encoder.encode([None]).to("cpu")
+        rows = [null if text is None else cached[[row]] for row, text in enumerate(texts)]
+        return concatenate(rows)
 
     def _latent_shape(self, batch: LatentBatch | VideoBatch) -> tuple[int, int, int, int]:
         if isinstance(batch, LatentBatch):

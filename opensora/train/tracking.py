@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line a record, a live bar, and TensorBoard or W&B where asked.
+"""What a run writes down: one JSON line a record, and TensorBoard or W&B where asked.
 
 `metrics.jsonl` is the truth that the report reads; the others are views. Rank 0 writes.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import secrets
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ import torch
 from pydantic import Field
 
 from opensora.config import Config
-from opensora.errors import require
-from opensora.runtime import Runtime
+from opensora.disk import replace_file, storage_errors
+from opensora.errors import StorageError, require
+from opensora.runtime import Runtime, log
+
+METRICS_NAME = "metrics.jsonl"
+INCIDENTS_NAME = "incidents.jsonl"
 
 
 class LogConfig(Config):
@@ -39,41 +45,43 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Tracker:
-    """Writes records; opening an existing run truncates what lies after the resumed step."""
+    """Writes records; a resumed run forgets the records of steps that it will do again.
 
-    def __init__(self, config: LogConfig, folder: Path, runtime: Runtime, *, first_step: int):
+    A disk that refuses a record is told of once and does not end the run.
+
+    Args:
+        done: steps that are done; later records are dropped.
+    """
+
+    def __init__(self, config: LogConfig, folder: Path, runtime: Runtime, *, done: int):
         self.config, self.folder, self.runtime = config, folder, runtime
-        self.started = time.monotonic()
         self._writer: Any = None
         self._wandb: Any = None
+        self._refused: set[str] = set()
         if not runtime.is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._rewind(folder / "metrics.jsonl", first_step)
+        for name in (METRICS_NAME, INCIDENTS_NAME):
+            _rewind(folder / name, done)
         if config.tensorboard:
             board = require("torch.utils.tensorboard", extra="log", purpose="log.tensorboard")
-            self._writer = board.SummaryWriter(folder / "tensorboard", purge_step=first_step)
+            self._writer = board.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         if config.wandb_project:
             wandb = require("wandb", extra="log", purpose="log.wandb_project")
             self._wandb = wandb.init(
-                project=config.wandb_project, dir=folder, id=folder.name, resume="allow"
+                project=config.wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=_identity(folder),
+                resume="allow",
             )
-
-    def _rewind(self, path: Path, first_step: int) -> None:
-        """Drop records of steps that the resumed run will do again, and torn last lines."""
-        kept = [r for r in read_records(path) if r["step"] < first_step or first_step == 0]
-        if first_step == 0 and kept:
-            path.rename(path.with_suffix(f".{int(time.time())}.jsonl"))
-            kept = []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Append a record of `kind` ('train', 'validation', ...) after `step` steps."""
         if not self.runtime.is_main:
             return
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **_plain(values)}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        moment = round(time.time(), 3)
+        self._append(METRICS_NAME, {"kind": kind, "step": step, "time": moment, **values})
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self._writer is not None:
             for name, value in numbers.items():
@@ -81,17 +89,30 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
 
-    def incident(self, values: dict[str, Any]) -> None:
-        """Append to incidents.jsonl: skipped steps and the samples in them."""
+    def incident(self, step: int, values: dict[str, Any]) -> None:
+        """Append to incidents.jsonl: a skipped step, counted from 1, and the samples in it."""
         if self.runtime.is_main:
-            with open(self.folder / "incidents.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain(values)) + "\n")
+            self._append(INCIDENTS_NAME, {"step": step, "time": round(time.time(), 3), **values})
 
     def close(self) -> None:
+        """Flush what other programs keep."""
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        path = self.folder / name
+        # A line that was cut short by a full disk is ended before the next one.
+        start = "\n" if name in self._refused else ""
+        try:
+            with storage_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(start + _line(record))
+            self._refused.discard(name)
+        except StorageError as error:
+            if name not in self._refused:
+                log.error("%s; training goes on", error)
+            self._refused.add(name)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -99,55 +120,35 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _rewind(path: Path, done: int) -> None:
+    """Keep the records of the first `done` steps, whole lines only."""
+    if path.exists():
+        kept = [record for record in read_records(path) if record.get("step", 0) <= done]
+        replace_file(path, "".join(map(_line, kept)).encode("utf-8"))
+
+
+def _identity(folder: Path) -> str:
+    """This run's name for W&B, made once, so that an equal folder elsewhere is another run."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        replace_file(path, f"{folder.name}-{secrets.token_hex(4)}\n".encode())
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
     """JSON has no infinity: non-finite numbers become strings."""
-    return {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
-
-
-class Bar:
-    """One live line: progress, loss, rates, share of the machine's matmul rate, memory, ETA."""
-
-    def __init__(self, *, total: int, first: int, title: str, visible: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.visible = visible
-        self.live = visible and console.is_terminal
-        self.title, self.total = title, total
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self.live,
-        )
-        self.task = self.progress.add_task(title, total=total, completed=first, figures="")
-
-    def __enter__(self) -> Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.progress.stop()
-
-    def update(self, done: int, figures: str, *, eta_seconds: float, print_line: bool) -> None:
-        """Move the bar; where there is no terminal, print a line when asked to."""
-        if self.live:
-            self.progress.update(self.task, completed=done, figures=figures)
-        elif self.visible and print_line:
-            minutes, seconds = divmod(int(eta_seconds), 60)
-            left = f"{minutes}:{seconds:02d} left"
-            print(f"{self.title} {done}/{self.total} {figures} {left}", file=sys.stderr, flush=True)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

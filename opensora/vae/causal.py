@@ -317,5 +317,7 @@ class CausalVAE(nn.Module):
 
 
 def _chunks(x: Tensor, *, first: int, then: int) -> Iterator[Tensor]:
+    if first < 1:
+        raise ValueError(f"chunks of {then} latent frames: 1 is the least")
     yield x[:, :, :first]
     yield from x[:, :, first:].split(then, dim=2) if x.shape[2] > first else ()

@@ -105,8 +105,12 @@ def test_velocities_are_the_derivative_of_positions(varied_scenes):
         np.testing.assert_allclose(change[calm], mean[calm], atol=1e-6, err_msg=scene.caption)
 
 
-def test_words_of_size_are_true(varied_scenes):
-    for scene in varied_scenes:
+def test_words_of_size_are_true():
+    collisions = {"motions": {"collide": 1}, "num_objects": {2: 1}}
+    configs = [varied(size_words=1.0), varied(size_words=1.0, cameras={"fixed": 1}, **collisions)]
+    scenes = [sample(config, 1, index) for config in configs for index in range(60)]
+    assert any("large" in scene.caption for scene in scenes)
+    for scene in scenes:
         low_high = radius_range((9.0, 13.0), len(scene.objects))
         for number, thing in enumerate(scene.objects):
             radius = scene.radii[0, number]

@@ -168,9 +168,11 @@ def test_too_many_unreadable_rows_end_the_run(tmp_path):
     told = r"5 of 40 rows are unreadable, more than max_bad_fraction=0.1 allows"
     with pytest.raises(DataError, match=told):
         list(batches(dataset, plan, num_steps=40))
+    read.calls.clear()
     dataset, plan = pipeline(tmp_path, 40, read=read, max_bad_fraction=0.125)
-    for step in range(20):
-        dataset[plan.batch(step)]
+    assert len(list(batches(dataset, plan, num_steps=40))) == 40
+    tried = [row for row, *_ in read.calls]
+    assert [tried.count(row) for row in range(5)] == [1] * 5  # once known, never opened again
 
 
 def test_a_bucket_without_one_readable_clip_is_an_error_not_a_loop(tmp_path):

@@ -21,7 +21,7 @@ class Node:
     """An element with its attributes and, in order, the texts and elements inside it."""
 
     tag: str
-    attributes: dict[str, str | None]
+    attributes: dict[str, str]
     content: list[str | Node] = field(default_factory=list)
 
     @property
@@ -53,7 +53,7 @@ class _Parser(HTMLParser):
         self.open = [Node("document", {})]
 
     def handle_starttag(self, tag, attrs):
-        node = Node(tag, dict(attrs))
+        node = Node(tag, {name: value or "" for name, value in attrs})
         assert len(node.attributes) == len(attrs), f"<{tag}> has an attribute twice"
         self.open[-1].content.append(node)
         if tag not in VOID:
@@ -146,6 +146,7 @@ SCORES = {
         "shape": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 64},
         "newton_residual": {"mean": 3.5, "low": 3.0, "high": 4.0, "n": 60},
     },
+    "settings": {"suite": "arena", "seed": 1},
     "targets": {"trained": {"colour": 0.95, "shape": 0.7}, "untrained": {"colour": {"max": 0.1}}},
 }
 
@@ -158,7 +159,7 @@ def tree(tmp_path: Path) -> Path:
 def write_tree(root: Path) -> Path:
     """outputs/quickstart in small."""
     write_run(root / "runs" / "t2v")
-    answers = [{"colour": 1.0, "shape": 1.0}, {"colour": 1.0, "shape": 0.0}, {}]
+    answers = [{"colour": 1.0, "shape": 1.0}, {"colour": 1.0, "shape": 0.5}, {}]
     write_samples(
         root / "samples",
         [

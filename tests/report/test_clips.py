@@ -7,6 +7,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from opensora.media.read import read_clip
 from opensora.media.write import write_video
 from opensora.report.clips import Shelf, _shrunk
 from opensora.report.reading import Notes
@@ -94,13 +95,34 @@ def test_shrinking_averages_blocks():
     assert _shrunk(np.zeros((2, 5000, 3), np.uint8)).shape == (1, 250, 3)
 
 
-def test_files_outside_the_root_are_refused_however_they_are_reached(root, tmp_path):
+def test_files_outside_the_root_are_linked_unopened_however_they_are_reached(root, tmp_path):
     secret = write_video(tmp_path / "secret.mp4", moving_square(), fps=8)
+    secret.chmod(0)
     (root / "link.mp4").symlink_to(secret)
     for path in (root / ".." / "secret.mp4", secret, root / "link.mp4"):
         place = shelf(root)
-        assert not parse(place.player(path, "")).all("video")
-        assert "outside" in place.notes.entries[0][1]
+        video = parse(place.player(path, "")).one("video").attributes
+        assert video["src"] == "../secret.mp4"
+        assert not video.keys() & {"autoplay", "poster", "width"}
+        assert (place.num_outside, place.bytes_left) == (1, 10**6)
+
+
+def test_a_link_cannot_dress_another_file_as_a_video(root, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("password")
+    (root / "a.mp4").symlink_to(secret)
+    place = shelf(root)
+    assert "secret" not in place.player(root / "a.mp4", "")
+    assert place.notes.entries == [("a.mp4", "is a link out of the reported folder")]
+
+
+def test_stills_hold_the_first_frame_exactly(root):
+    path = write_video(root / "a.mp4", moving_square(side=22), fps=8)
+    video = parse(shelf(root).player(path, "")).one("video").attributes
+    (root / "still.png").write_bytes(content(video["poster"], "image/png"))
+    np.testing.assert_array_equal(
+        read_clip(root / "still.png").frames[0], read_clip(path).frames[0]
+    )
 
 
 @pytest.mark.parametrize(

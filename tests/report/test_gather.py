@@ -1,6 +1,7 @@
 """Everything below a folder is found, in whatever state it was left."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -24,8 +25,8 @@ def test_a_whole_tree_is_found(tree):
     assert run.path == tree / "runs" / "t2v"
     assert set(run.samples) == {20, 40}
     assert [s.prompt for s in run.samples[40]] == ["a red circle", "a blue square"]
-    assert run.curve("train", "loss").values.tolist() == [10, 5, 100 / 30, 2.5]
-    assert run.curve("validation", "psnr").last() == 27.5
+    assert run.curves["train"]["loss"].values.tolist() == [10, 5, 100 / 30, 2.5]
+    assert run.curves["validation"]["psnr"].last() == 27.5
     (gallery,) = found.galleries
     assert [s.is_right for s in gallery.samples] == [True, False, None]
     (scores,) = found.scores
@@ -70,16 +71,18 @@ def test_records_without_a_step_are_counted_and_strings_become_numbers(tmp_path)
         {"kind": "train", "step": 1, "loss": "nan", "note": "hello"},
         {"kind": "train", "loss": 1.0},
         {"step": "inf", "loss": 1.0},
+        {"step": 1e300, "loss": 1.0},
+        {"step": -1, "loss": 1.0},
         {"step": 2, "loss": 0.5, "skipped": True},
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)
     found = gather(tmp_path)
     (run,) = found.runs
-    assert run.curve("train", "loss").finite.tolist() == [0.5]
+    assert run.curves["train"]["loss"].finite.tolist() == [0.5]
     assert len(run.curves["train"]["loss"]) == 2
     assert "note" not in run.curves["train"]
     assert found.notes.entries == [
-        ("metrics.jsonl", "2 records have no usable 'step', and are left out")
+        ("metrics.jsonl", "4 records have no usable 'step', and are left out")
     ]
 
 
@@ -105,11 +108,15 @@ def test_checkpoints_are_listed_with_their_size_and_torn_ones_are_told_apart(tmp
             (folder / "config.json").write_text("x" * 100)
             (folder / "metrics.jsonl").write_text("")
     (tmp_path / "checkpoints" / "step-11").mkdir()
+    with store.write(tmp_path / "checkpoints" / "step-12", kind="checkpoint", meta={}) as folder:
+        (folder / "weights").write_text("x")
+    (tmp_path / "checkpoints" / "step-12" / "weights").unlink()
     (run,) = gather(tmp_path).runs
     assert [(c.name, c.num_bytes) for c in run.checkpoints] == [
         ("step-9", 100),
         ("step-10", 100),
         ("step-11", None),
+        ("step-12", None),
     ]
 
 
@@ -130,6 +137,32 @@ def test_rows_without_a_file_are_told(tmp_path):
     assert len(found.notes.entries) == 3
 
 
+def test_samples_of_a_step_are_part_of_their_run_and_no_gallery(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1}])
+    row = {"file": "0000-x.mp4", "prompt": "a fish", "weights": "step 10"}
+    write_lines(tmp_path / "samples" / "step-000010" / "samples.jsonl", [row])
+    found = gather(tmp_path)
+    assert found.galleries == ()
+    assert found.runs[0].samples[10][0].prompt == "a fish"
+
+
+def test_judged_samples_come_first_and_untrained_ones_last(tmp_path):
+    for name in ("a", "b_untrained", "c"):
+        write_lines(tmp_path / name / "samples.jsonl", [{"file": "x.mp4"}])
+    write_lines(tmp_path / "z" / "samples.jsonl", [{"file": "x.mp4", "scores": {"count": 1}}])
+    assert [g.path.name for g in gather(tmp_path).galleries] == ["z", "a", "c", "b_untrained"]
+
+
+def test_tables_that_a_run_was_trained_on_are_found_by_its_config(tree, tmp_path):
+    (tree / "data" / "manifest.csv").rename(tree / "data" / "train.csv")
+    (tmp_path / "other.csv").write_text("path\n")
+    places = {"manifest": f"{tree}/data/train.csv", "validation": f"{tmp_path}/other.csv"}
+    write_json(tree / "runs" / "t2v" / "config.json", {"data": places})
+    found = gather(tree)
+    assert [d.folder_or_file for d in found.datasets] == [tree / "data" / "train.csv"]
+    assert found.notes.entries == []
+
+
 def test_links_to_folders_are_not_followed(tmp_path):
     write_run(tmp_path / "outside")
     root = tmp_path / "root"
@@ -139,21 +172,24 @@ def test_links_to_folders_are_not_followed(tmp_path):
 
 
 def test_scores_of_any_depth_become_groups():
-    nested = {"2": {"colour": {"mean": 0.9}}, "3": {"colour": 0.8}}
-    document = {**SCORES, "trained_many": nested, "seed": 3, "note": {"text": "x"}}
+    nested = {"2": {"colour": {"mean": 0.9}, "seed": 3}, "3": {"colour": {"mean": 0.8, "n": 2}}}
+    settings = {"scenes": {"height": 64}, "seed": 1}
+    document = {**SCORES, "trained_many": nested, "seed": 3, "settings": settings}
     document["targets"] = {**SCORES["targets"], "trained_many": {"2": {"colour": 0.8}}}
-    scores = parse(None, document)
+    scores = parse(Path(), document)
     assert scores.groups["trained_many / 2"] == {"colour": Estimate(0.9)}
-    assert scores.groups["trained_many / 3"] == {"colour": Estimate(0.8)}
+    assert scores.groups["trained_many / 3"] == {"colour": Estimate(0.8, n=2)}
     assert scores.groups["trained"]["shape"] == Estimate(0.5, 0.4, 0.6, 64)
     assert scores.targets[("trained_many / 2", "colour")] == Target(at_least=0.8)
     assert scores.targets[("untrained", "colour")] == Target(at_most=0.1)
-    assert scores.facts == {"seed": 3, "note": {"text": "x"}}
+    assert scores.facts == {"seed": 3, "settings": settings}
+    assert len(scores.groups) == 4
 
 
 def test_scores_that_are_no_numbers_are_left_out():
-    text = '{"a": {"x": {"mean": NaN}, "y": {"mean": "inf"}, "z": {"mean": 1e300}, "w": true}}'
-    assert parse(None, json.loads(text)).groups == {}
+    values = ("NaN", '"inf"', "1e300", '"0.5"', "null", "[]")
+    cells = ", ".join(f'"m{i}": {{"mean": {value}}}' for i, value in enumerate(values))
+    assert parse(Path(), json.loads(f'{{"a": {{{cells}, "bare": 1}}}}')).groups == {}
 
 
 def test_targets_are_met_at_their_bound():

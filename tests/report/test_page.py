@@ -1,4 +1,4 @@
-"""The page as a whole: complete, offline, inert to hostile input, and honest about what it lacks."""
+"""The page as a whole: complete, offline, inert to hostile input, honest about what it lacks."""
 
 import base64
 import hashlib
@@ -9,6 +9,7 @@ import pytest
 
 from opensora.errors import DataError, UsageError
 from opensora.report.page import write_report
+from opensora.report.reading import MAX_NOTES
 from tests.report.conftest import (
     moving_square,
     read_page,
@@ -33,7 +34,8 @@ def section(page, anchor):
 
 
 def tiles(node):
-    return {t.one("dt").text: t.one("dd").text for t in node.all("div") if t.children[:1] and t.children[0].tag == "dt"}  # fmt: skip
+    found = [tile for tiles in node.all("dl") for tile in tiles.all("div")]
+    return {tile.one("dt").text: tile.one("dd").text for tile in found}
 
 
 def test_it_lies_in_the_folder_it_tells_about_unless_another_place_is_named(tree, tmp_path):
@@ -94,14 +96,15 @@ def test_every_sample_has_a_player_its_prompt_its_seed_and_its_scores(page):
     assert [c.attributes.get("data-right") for c in cards] == ["true", "false", None]
     assert cards[1].attributes["data-wrong"] == "shape"
     assert [b.text for b in cards[1].all("span", class_="badge good")] == ["✓ colour"]
-    assert [b.text for b in cards[1].all("span", class_="badge bad")] == ["✗ shape"]
+    assert [b.text for b in cards[1].all("span", class_="badge bad")] == ["✗ shape 50%"]
     assert cards[1].one("span", class_="seed").text == "seed 1"
     assert [b.text for b in section(page, "samples").all("button")] == [
         "all 3",
         "all right 1",
         "✗ shape 1",
     ]
-    assert "sampler euler · schedule.num steps 30" in section(page, "samples").text
+    settings = {"sampler": "euler", "schedule": {"num_steps": 30}}
+    assert json.loads(section(page, "samples").one("pre").text) == settings
 
 
 def test_scores_are_in_the_table_with_their_interval_and_verdict(page):
@@ -112,7 +115,11 @@ def test_scores_are_in_the_table_with_their_interval_and_verdict(page):
     assert any(row[-5:] == ["", "0.050", "0.000 – 0.100", "64", "≤ 0.1 ✓ pass"] for row in rows)
     assert "2 of 3 targets are met; missed: trained shape." in node.text
     assert len(node.all("svg", role="img")) == 0
-    assert "1 more measures" in node.one("summary").text
+    assert [summary.text for summary in node.all("summary")] == [
+        "1 more measures",
+        "How it was measured",
+    ]
+    assert json.loads(node.one("pre").text) == {"settings": {"suite": "arena", "seed": 1}}
 
 
 def test_the_top_shows_what_a_visitor_came_for(page):
@@ -224,7 +231,7 @@ def test_hostile_text_from_anywhere_stays_text(tmp_path):
     prompts = [p.text for p in page.all("p", class_="prompt")]
     assert prompts == [EVIL] * 3
     assert page.one("h1").text == "<b>root & co"
-    assert "passwd" in section(page, "missing").text
+    assert "etc/passwd" in section(page, "missing").text
     assert "root:" not in page.text
 
 
@@ -234,7 +241,8 @@ def test_what_could_not_be_read_is_listed(tree):
     with open(tree / "runs" / "t2v" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "tr')
     page = read_page(write_report(tree))
-    rows = {row.all("td")[0].text: row.all("td")[1].text for row in section(page, "missing").all("tr")}
+    cells = [row.all("td") for row in section(page, "missing").all("tr")]
+    rows = {name.text: reason.text for name, reason in cells}
     assert rows.keys() == {"samples/1.mp4", "samples/2.mp4", "runs/t2v/metrics.jsonl"}
     assert rows["samples/2.mp4"] == "does not exist"
     assert len(section(page, "samples").all("div", class_="missing")) == 2
@@ -245,7 +253,25 @@ def test_beyond_the_budget_clips_are_linked_and_the_page_says_so(tree):
     sources = [video.attributes["src"] for video in page.all("video")]
     assert "samples/0.mp4" in sources
     assert all((tree / source).is_file() for source in sources)
-    assert f"{len(sources)} media files did not fit" in section(page, "missing").text
+    assert f"{len(sources)} did not fit the page's size limit" in section(page, "missing").text
+
+
+def test_clips_outside_the_folder_are_linked_and_the_page_says_so(tree, tmp_path):
+    (tree / "data" / "videos").rename(tmp_path / "footage")
+    table = (tree / "data" / "manifest.csv").read_text().replace("videos/", f"{tmp_path}/footage/")
+    (tree / "data" / "manifest.csv").write_text(table)
+    page = read_page(write_report(tree))
+    videos = section(page, "data").all("video")
+    assert [v.attributes["src"] for v in videos] == [f"../footage/{i}.mp4" for i in range(3)]
+    assert "3 lie outside the reported folder" in section(page, "missing").text
+
+
+def test_a_list_of_troubles_ends_somewhere(tmp_path):
+    rows = [{"file": f"{i}.mp4", "prompt": "x"} for i in range(MAX_NOTES + 3)]
+    write_lines(tmp_path / "samples.jsonl", rows)
+    node = section(read_page(write_report(tmp_path)), "missing")
+    assert len(node.all("tr")) == MAX_NOTES
+    assert "3 more." in node.text
 
 
 def test_only_what_exists_is_shown(tmp_path):
@@ -279,7 +305,8 @@ def test_many_samples_fold_and_many_steps_are_spread(tmp_path):
         write_video(path, moving_square(), fps=8)
     page = read_page(write_report(tmp_path))
     gallery = section(page, "samples")
-    assert gallery.one("summary").text == "2 more"
+    assert [summary.text for summary in gallery.all("summary")] == ["2 more"]
+    assert len(gallery.all("video")) == 26
     assert len(gallery.one("details").all("video")) == 2
     assert not gallery.all("button")
     steps = [th.text for th in page.one("table", class_="learning").all("th")]

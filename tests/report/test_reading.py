@@ -37,6 +37,13 @@ def test_one_torn_line_is_named(tmp_path, notes):
     assert notes.entries == [("a.jsonl", "line 2 is torn or not a JSON object, and left out")]
 
 
+def test_lines_of_absurd_depth_are_left_out(tmp_path, notes):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a":' * 70 + "1" + "}" * 70 + '\n{"a": ' + "[" + "[]," * 90 + "1]}\n")
+    assert [len(row["a"]) for row in read_lines(path, notes)] == [91]
+    assert len(notes.entries) == 1
+
+
 def test_a_missing_file_is_nothing_to_note(tmp_path, notes):
     assert list(read_lines(tmp_path / "a.jsonl", notes)) == []
     assert read_document(tmp_path / "a.json", notes) == {}
@@ -52,6 +59,7 @@ def test_a_missing_file_is_nothing_to_note(tmp_path, notes):
         ("[1, 2]", "holds a list"),
         ("3", "holds a number"),
         ("[" * 100_000, "is not JSON"),
+        ('{"a":' * 70 + "1" + "}" * 70, "is nested"),
     ],
 )
 def test_a_document_that_is_no_object_is_told(tmp_path, notes, content, reason):
@@ -70,7 +78,7 @@ def test_a_folder_in_the_place_of_a_file_is_told(tmp_path, notes):
 def test_numbers_include_the_strings_that_json_has_no_numbers_for():
     assert number("inf") == math.inf
     assert number("-Infinity") == -math.inf
-    assert math.isnan(number("nan"))
+    assert str(number("nan")) == "nan"
     assert number(-math.inf) == -math.inf
     assert number(10**400) == math.inf
     assert number(True) == 1.0

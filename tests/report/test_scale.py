@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora.report.scale import duration, figure, fit_axis, round_step, size, tight_axis
+from opensora.report.scale import duration, figure, fit_axis, labels, round_step, size, tight_axis
 
 finite = st.floats(-1e30, 1e30, allow_nan=False)
 
@@ -57,6 +57,12 @@ def test_ticks_are_round():
     assert tight_axis(0, 3700).ticks == (0, 1000, 2000, 3000)
     assert fit_axis(np.array([])).ticks == (0.0, 0.5, 1.0)
     assert fit_axis(np.zeros(3), from_zero=True).low == 0
+
+
+def test_labels_of_ticks_are_not_rounded():
+    assert labels((0.83, 0.8325, 0.835)) == ["0.83", "0.8325", "0.835"]
+    assert labels((0.0, 1000.0, 2500.0)) == ["0", "1k", "2.5k"]
+    assert labels((1e9, 1e9 + 1)) == ["1G", "1.000000001G"]
 
 
 @pytest.mark.parametrize(
@@ -118,4 +124,9 @@ def test_durations_read_like_speech(seconds, text):
 
 
 def test_sizes_have_binary_units():
-    assert [size(n) for n in (812, 1536, 2**30, 3 * 2**40)] == ["812 B", "1.5 KiB", "1 GiB", "3 TiB"]
+    assert [size(n) for n in (812, 1536, 2**30, 3 * 2**40)] == [
+        "812 B",
+        "1.5 KiB",
+        "1 GiB",
+        "3 TiB",
+    ]

@@ -25,6 +25,14 @@ def test_the_last_record_of_a_step_wins_and_steps_rise():
     assert len(Collector().series()) == 0
 
 
+def test_repeated_steps_keep_the_order_they_were_recorded_in():
+    collector = Collector()
+    for attempt in range(100):
+        for step in range(7):
+            collector.add(step, attempt)
+    assert collector.series().values.tolist() == [99] * 7
+
+
 def test_a_huge_curve_is_thinned_to_the_limit_and_keeps_its_spikes():
     values = np.ones(1_000_000)
     values[[123_456, 777_777]] = (50.0, -50.0)

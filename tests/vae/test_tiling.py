@@ -103,6 +103,34 @@ def test_with_the_exact_overlap_tiles_equal_the_whole(shallow, blend, chunk):
         assert_close(again, shallow.encode(whole), rtol=0, atol=ROUNDING)
 
 
+def test_any_stride_and_its_chunks_are_honoured():
+    class Repeat:
+        """Repeats positions 2 times down and 3 times across; remembers the chunks asked for."""
+
+        stride = (1, 2, 3)
+
+        def __init__(self):
+            self.chunks = set()
+
+        def latent_shape(self, num_frames, height, width):
+            return 3, num_frames, height // 2, width // 3
+
+        def decode(self, latents, *, chunk=None):
+            self.chunks.add(chunk)
+            return latents.repeat_interleave(2, dim=-2).repeat_interleave(3, dim=-1)
+
+        def encode(self, pixels, *, chunk=None):
+            self.chunks.add(chunk)
+            return pixels[..., ::2, ::3]
+
+    vae, tiling = Repeat(), TilingConfig(tile=5, overlap=3, blend=1)
+    latents = torch.randn(2, 3, 2, 17, 11)
+    pixels = decode_tiled(vae, latents, tiling=tiling, chunk=7)
+    assert_close(pixels, vae.decode(latents, chunk=7))
+    assert_close(encode_tiled(vae, pixels, tiling=tiling, chunk=7), latents)
+    assert vae.chunks == {7}
+
+
 def test_less_than_the_exact_overlap_is_not_exact(shallow):
     latents = random_latents(1, 18, 18)
     overlap = exact_overlap(shallow, blend=2) - 2

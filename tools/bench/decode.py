@@ -1,8 +1,8 @@
 """Decoded frames a second of `read_clip` beside a bare PyAV loop on the same file, as JSON.
 
-The bare loop opens the file, decodes, converts to RGB and keeps the arrays: the least that any
-reader on PyAV does; both decode with as many threads and convert with one. They take turns and the
-best of the rounds counts, so that other work on the machine disturbs both alike.
+The bare loop opens the file, decodes, converts to RGB and stacks the frames into one array: the
+least that a reader on PyAV does for a clip; both decode with as many threads and convert with one.
+They take turns and the best of the rounds counts, so that other work disturbs both alike.
 
     python tools/bench/decode.py [--video FILE] [--threads 1 2] [--rounds 7]
 """
@@ -46,14 +46,14 @@ def generate(path: Path, *, num_frames: int = 240, size: int = 512) -> Path:
 
 
 def bare_loop(path: Path, threads: int) -> int:
-    """Decode everything as plainly as PyAV allows; the number of frames."""
+    """Decode everything into one array, as plainly as PyAV allows; the number of frames."""
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         assert stream is not None
         stream.codec_context.thread_count = threads
         stream.codec_context.thread_type = "AUTO" if threads > 1 else "NONE"
         frames = container.decode(stream)
-        return len([frame.to_ndarray(format="rgb24", threads=1) for frame in frames])
+        return len(np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in frames]))
 
 
 def whole_file(path: Path, threads: int) -> int:

@@ -1,0 +1,146 @@
+"""What `test_ranks.py` runs on one rank in its own process and on two ranks in two: `ranks.py OUT`.
+
+Every scenario writes a run to OUT/<name> and returns what its rank saw, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from train_support import MemorySource, clips, latents, make_trainer, points, tiny, toy_trainer
+
+from opensora import disk, runtime
+from opensora.errors import OpensoraError, StorageError
+from opensora.runtime import Runtime
+from opensora.train import state
+from opensora.train.signals import listening
+
+STEPS = "steps=5"
+
+
+def training(output: Path, place: Runtime, name: str, *overrides: str, batch_size: int = 5) -> Any:
+    """A tiny run on a batch that two ranks cannot share evenly."""
+    config = tiny(name, output, STEPS, "checkpoint.every=0", *overrides)
+    collate = clips if name == "vae" else latents
+    source = MemorySource(collate, place, batch_size=batch_size, validation_sizes=(3, 2, 2))
+    trainer = make_trainer(config, place, source=source)
+    trainer.state.resume()
+    trainer.run()
+    return source.seen
+
+
+def autoencoder(output: Path, place: Runtime) -> Any:
+    return training(output, place, "vae")
+
+
+def text_to_video(output: Path, place: Runtime) -> Any:
+    return training(output, place, "stdit")
+
+
+def micro_batches(output: Path, place: Runtime) -> Any:
+    """Ranks with 3 and 4 samples make 2 and 2 pieces, with 2 and 3 samples 1 and 2 pieces."""
+    return training(output, place, "stdit", "micro_batch=2")
+
+
+def adamw(output: Path, place: Runtime) -> Any:
+    return training(output, place, "stdit", "optim={kind: adamw, lr: 0.002}")
+
+
+def on_other_ranks(output: Path, place: Runtime) -> Any:
+    """Goes on from the run that `test_ranks.py` began on one rank."""
+    return training(output, place, "stdit", "steps=8", "resume_despite=[steps]")
+
+
+def not_a_number(output: Path, place: Runtime) -> Any:
+    """The loss of row 9 is not a number at step 1; only one rank has that row."""
+    poison = lambda step, row: float("nan") if (step, row) == (1, 9) else 1.0  # noqa: E731
+    trainer = toy_trainer(output, "steps=3", place=place, poison=poison)
+    layer = trainer.task.layer
+    weights = []
+    trainer.task.decided = lambda accepted: weights.append((accepted, layer.weight.tolist()))
+    trainer.run()
+    return {"weights": weights, "seen": trainer.source.seen}
+
+
+def gives_up(output: Path, place: Runtime) -> Any:
+    poison = lambda step, row: float("inf") if step >= 2 else 1.0  # noqa: E731
+    trainer = toy_trainer(output, "steps=9", "guard.patience=3", place=place, poison=poison)
+    return outcome(trainer.run)
+
+
+def signals(output: Path, place: Runtime) -> Any:
+    """The last rank is asked to save in step 1 and to stop in step 3."""
+
+    def collate(rows: list[int], step: int | None) -> Any:
+        if place.rank == place.world_size - 1 and step in (1, 3):
+            os.kill(os.getpid(), signal.SIGUSR1 if step == 1 else signal.SIGTERM)
+        return points(rows)
+
+    with listening() as requests:
+        trainer = toy_trainer(output, "steps=9", "checkpoint.every=0", place=place)
+        trainer.source.collate = collate
+        trainer.requests = requests
+        found = outcome(trainer.run)
+    kept = sorted(path.name for path in (output / "checkpoints").glob("step-*"))
+    return {**found, "step": trainer.progress.step, "kept": kept}
+
+
+def full_disk(output: Path, place: Runtime) -> Any:
+    """The disk of rank 0 refuses every checkpoint."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise StorageError("the disk is full")
+
+    trainer = toy_trainer(output, "steps=4", "checkpoint.every=2", place=place)
+    whole, state.checkpoint.save = state.checkpoint.save, refuse
+    try:
+        return {**outcome(trainer.run), "step": trainer.progress.step}
+    finally:
+        state.checkpoint.save = whole
+
+
+def outcome(action: Any) -> dict[str, Any]:
+    """How an action ends: the class, exit code and message of its error."""
+    try:
+        action()
+    except OpensoraError as error:
+        code = error.exit_code
+        return {"error": type(error).__name__, "code": code, "message": str(error)}
+    return {"error": None}
+
+
+SCENARIOS = (
+    autoencoder,
+    text_to_video,
+    micro_batches,
+    adamw,
+    on_other_ranks,
+    not_a_number,
+    gives_up,
+    signals,
+    full_disk,
+)
+
+
+def main(output: Path) -> None:
+    place = runtime.start("cpu", timeout_seconds=120)
+    for scenario in SCENARIOS:
+        found = scenario(output / scenario.__name__, place)
+        disk.replace_file(
+            output / f"{scenario.__name__}-{place.rank}.json", json.dumps(found).encode()
+        )
+    place.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

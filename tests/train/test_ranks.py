@@ -1,0 +1,167 @@
+"""Two ranks are one rank: the same samples, losses and weights, and one will.
+
+Sums over ranks are taken in another order than sums over a batch. A step rounds each of them by
+about 1e-7 of its size and the runs are a few steps long, so losses agree to 1e-5 and weights, which
+are of size 1 and less, to 1e-5 (a wrong factor of the gradient shows at 1e-2).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from torch.testing import assert_close
+from train_support import ALONE, losses, tensors, train_records
+
+from opensora.train.tracking import read_records
+
+pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("train-ranks")]
+
+CLOSE = 1e-5
+
+WITHOUT_GRADIENT = {"vae.encoder.layers.7.conv.bias", "vae.latent_mean"}
+"""Standardising takes the encoder's last bias out again, so its gradient is what rounding left of
+zero, and Adam makes steps of full size of it; the measured mean follows the bias."""
+
+
+def launch(script: Path, *arguments: str, count: int = 2) -> None:
+    """Run a script as `count` ranks, as torchrun does, and wait for all of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::UserWarning", str(script), *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)
+
+
+class Outcome:
+    """What the two ranks of one launch left."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def of(self, scenario: str) -> list:
+        return [
+            json.loads((self.folder / f"{scenario}-{rank}.json").read_text()) for rank in (0, 1)
+        ]
+
+    def run(self, scenario: str) -> Path:
+        return self.folder / scenario
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Outcome:
+    """All scenarios on two ranks, in one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.set_num_threads(1)
+    ranks.training(folder / "on_other_ranks", ALONE, "stdit")
+    launch(Path(ranks.__file__), str(folder))
+    return Outcome(folder)
+
+
+def merged(parts: list) -> list:
+    """(step, rows) over both ranks, which hand out in one order."""
+    return [(a[0], a[1] + b[1]) for a, b in zip(*parts, strict=True)]
+
+
+def assert_equal_runs(one: Path, two: Path, rows: list, parts: list) -> None:
+    assert merged(parts) == rows
+    assert losses(two) == pytest.approx(losses(one), rel=CLOSE)
+    norms = [[r["gradient_norm"] for r in train_records(path)] for path in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=CLOSE)
+    last = [read_records(path / "metrics.jsonl")[-1] for path in (one, two)]
+    names = [name for name in last[0] if name.startswith(("loss", "psnr", "l1"))]
+    assert names
+    for name in names:
+        assert last[1][name] == pytest.approx(last[0][name], rel=CLOSE)
+    whole, shared = tensors(one), tensors(two)
+    assert whole.keys() == shared.keys()
+    for name in set(whole) - WITHOUT_GRADIENT:
+        assert_close(shared[name], whole[name], rtol=CLOSE, atol=CLOSE, msg=f"{name}: {{}}".format)
+
+
+@pytest.mark.parametrize("scenario", ["autoencoder", "text_to_video", "adamw"])
+def test_two_ranks_train_as_one(scenario, two, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+def test_micro_batches_of_uneven_ranks_are_the_whole_batch(two, tmp_path):
+    rows = ranks.text_to_video(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run("micro_batches"), rows, two.of("micro_batches"))
+
+
+def test_micro_batches_on_one_rank_are_the_whole_batch(tmp_path):
+    rows = ranks.text_to_video(tmp_path / "whole", ALONE)
+    again = ranks.micro_batches(tmp_path / "pieces", ALONE)
+    assert again == rows
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), rel=CLOSE)
+    whole, pieces = tensors(tmp_path / "whole"), tensors(tmp_path / "pieces")
+    for name in whole:
+        assert_close(pieces[name], whole[name], rtol=CLOSE, atol=CLOSE)
+
+
+def test_a_run_of_one_rank_goes_on_on_two(two, tmp_path):
+    ranks.training(tmp_path / "one", ALONE, "stdit")
+    rows = ranks.training(tmp_path / "one", ALONE, "stdit", "steps=8", "resume_despite=[steps]")
+    assert [step for step, _ in rows] == [5, 6, 7]
+    scenario = "on_other_ranks"
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+def test_a_loss_that_is_no_number_on_one_rank_moves_no_rank(two):
+    first, second = two.of("not_a_number")
+    assert first["weights"] == second["weights"]
+    accepted, values = zip(*first["weights"], strict=True)
+    assert accepted == (True, False, True)
+    assert values[0] == values[1] != values[2]
+    (incident,) = read_records(two.run("not_a_number") / "incidents.jsonl")
+    rows = merged([first["seen"], second["seen"]])[1][1]
+    assert (9 in first["seen"][1][1], 9 in second["seen"][1][1]) == (False, True)
+    assert incident["step"] == 2
+    assert incident["samples"][0] == {"id": 9, "loss": "nan", "text": "row 9"}
+    assert sorted(sample["id"] for sample in incident["samples"]) == sorted(rows)
+    assert "loss is nan" in incident["reason"]
+
+
+def test_all_ranks_give_up_together_after_bad_steps_in_a_row(two):
+    first, second = two.of("gives_up")
+    assert first == second
+    assert (first["error"], first["code"]) == ("NumericsError", 70)
+    assert "3 steps in a row" in first["message"]
+    incidents = read_records(two.run("gives_up") / "incidents.jsonl")
+    assert [incident["step"] for incident in incidents] == [3, 4, 5]
+
+
+def test_what_one_rank_is_asked_all_ranks_do(two):
+    first, second = two.of("signals")
+    assert first == second
+    assert (first["error"], first["code"], first["step"]) == ("Preempted", 75, 4)
+    assert first["kept"] == ["step-000002", "step-000004"]
+
+
+def test_a_disk_that_refuses_rank_0_stops_every_rank(two):
+    first, second = two.of("full_disk")
+    assert first == second
+    assert (first["error"], first["code"], first["step"]) == ("StorageError", 74, 2)
