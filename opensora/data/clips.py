@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from opensora.config import Config
 from opensora.data.buckets import Bucket, BucketsConfig
@@ -111,8 +112,8 @@ class ClipReader:
         slack = max(0.0, last_frame - (num_frames - 1) / self.fps(row))
         return float(manifest.start[row]) + draw * slack
 
-    def __call__(self, row: int, bucket: Bucket, step: int) -> Tensor:
-        """float32 (3, F, H, W) in [-1, 1].
+    def __call__(self, row: int, bucket: Bucket, step: int, out: Tensor | None = None) -> Tensor:
+        """float32 (3, F, H, W) in [-1, 1], written into `out` where one is given.
 
         Raises:
             DataError: the file cannot be read as the manifest says.
@@ -130,7 +131,8 @@ class ClipReader:
         )
         crop = {"random": (top, left), "centre": CENTRE, "none": None}[self._config.crop]
         size = (bucket.height, bucket.width)
-        return fit(clip.frames, size, offset=crop, flip=mirror < self._config.flip)
+        flip = mirror < self._config.flip
+        return fit(clip.frames, size, offset=crop, flip=flip, out=out)
 
     def _draws(self, row: int, step: int) -> tuple[float, float, float, float]:
         start, top, left, mirror = uniform([row], self._seed, "clip", step, count=4)[0].tolist()
@@ -193,6 +195,17 @@ def _append_row(path: Path, cells: list[Any]) -> None:
             os.close(descriptor)
 
 
+def batch_memory(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised float32 tensor; in a loader's worker it is shared with the parent at once.
+
+    Otherwise the whole batch would be copied into shared memory when it is sent.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+    return torch.empty(0).set_(storage, 0, shape)
+
+
 class ClipDataset(Dataset[VideoBatch]):
     """Requests of a plan -> batches of pixels; see `loading.batches`."""
 
@@ -206,30 +219,34 @@ class ClipDataset(Dataset[VideoBatch]):
         Raises:
             DataError: too many rows are unreadable, or a row and all its stand-ins.
         """
+        bucket = batch.bucket
+        shape = (bucket.num_frames, bucket.height, bucket.width)
+        pixels = batch_memory((len(batch.rows), 3, *shape))
         wanted = batch.rows.tolist()
-        found = [
-            self._read(row, spares, batch)
-            for row, spares in zip(wanted, batch.spares.tolist(), strict=True)
+        rows = [
+            self._read(row, spares, batch, out)
+            for row, spares, out in zip(wanted, batch.spares.tolist(), pixels, strict=True)
         ]
-        rows = [row for row, _ in found]
         return VideoBatch(
-            pixels=torch.stack([pixels for _, pixels in found]),
+            pixels=pixels,
             texts=tuple(self._reader.manifest.texts[row] for row in rows),
             sample_ids=torch.tensor(rows),
             fps=torch.tensor([self._reader.fps(row) for row in rows]),
             replaced=sum(row != other for row, other in zip(rows, wanted, strict=True)),
         )
 
-    def _read(self, row: int, spares: list[int], batch: Batch) -> tuple[int, Tensor]:
-        """The row that was read, which may be a spare, and its pixels."""
+    def _read(self, row: int, spares: list[int], batch: Batch, out: Tensor) -> int:
+        """Fill `out` (3, F, H, W); returns the row that was read, which may be a spare."""
         for candidate in (row, *spares):
             if candidate in self._quarantine:
                 continue
             try:
-                return candidate, self._reader(candidate, batch.bucket, batch.step)
+                self._reader(candidate, batch.bucket, batch.step, out)
             except DataError as error:
                 location = self._reader.manifest.location(candidate)
                 self._quarantine.add(candidate, location, str(error))
+            else:
+                return candidate
         raise DataError(
             f"step {batch.step}: neither row {row} nor its {len(spares)} stand-ins in the bucket "
             f"{batch.bucket.shape} can be read; the reasons were logged when each was first tried"

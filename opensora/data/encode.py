@@ -23,7 +23,7 @@ from torch import Tensor
 from opensora.config import Config
 from opensora.data.assignment import BucketAssigner
 from opensora.data.buckets import Bucket
-from opensora.data.clips import ClipReader, Quarantine
+from opensora.data.clips import ClipReader, Quarantine, batch_memory
 from opensora.data.latents import INDEX_KIND, INDEX_NAME
 from opensora.data.loading import answers
 from opensora.data.plan import Batch, once
@@ -181,17 +181,19 @@ class _Sources:
         self._reader = reader
 
     def __getitem__(self, batch: Batch) -> _Sources.Answer:
-        rows, pixels, files, refused = [], [], [], []
+        bucket = batch.bucket
+        shape = (bucket.num_frames, bucket.height, bucket.width)
+        pixels = batch_memory((len(batch.rows), 3, *shape))
+        rows, files, refused = [], [], []
         for row in batch.rows.tolist():
             try:
-                clip = self._reader(row, batch.bucket, step=0)
+                self._reader(row, bucket, 0, pixels[len(rows)])
                 files.append(_file_identity(self._reader.manifest.location(row)))
             except DataError as error:
                 refused.append((row, str(error)))
-                continue
-            rows.append(row)
-            pixels.append(clip)
-        return self.Answer(rows, torch.stack(pixels) if pixels else None, files, refused)
+            else:
+                rows.append(row)
+        return self.Answer(rows, pixels[: len(rows)] if rows else None, files, refused)
 
 
 def _encoded(job: EncodeJob, sources: _Sources.Answer) -> tuple[Tensor, Condition | None]:

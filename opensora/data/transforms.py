@@ -45,6 +45,7 @@ def fit(
     *,
     offset: tuple[float, float] | None = CENTRE,
     flip: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Frames at another size, as floats.
 
@@ -56,6 +57,8 @@ def fit(
         offset: which part to keep where the proportions differ (see `crop_region`); None keeps
             everything and stretches it.
         flip: mirror left and right.
+        out: float32 (3, F, *size) to write into, such as a place in a batch; new memory costs
+            more than the conversion.
 
     Returns:
         float32 (3, F, *size) in [-1, 1].
@@ -67,8 +70,8 @@ def fit(
         pixels = interpolate(pixels, size, mode="bicubic", antialias=True)
     if flip:
         pixels = pixels.flip(3)
-    out = torch.empty((3, frames.shape[0], *size))
-    return out.copy_(pixels.transpose(0, 1)).div_(127.5).sub_(1.0)
+    target = torch.empty((3, frames.shape[0], *size)) if out is None else out
+    return target.copy_(pixels.transpose(0, 1)).div_(127.5).sub_(1.0)
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:

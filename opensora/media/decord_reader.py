@@ -8,6 +8,7 @@ show differently is refused by name.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,16 @@ def read_with_decord(
     with opened(path, limits) as source:
         reason = _difference(source)
         tick, interval = source.tick, source.interval
-    try:
-        reader = decord.VideoReader(os.fspath(path), num_threads=threads)
-        starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
-    except (decord.DECORDError, RuntimeError, AssertionError) as error:
-        raise _refusal(path, str(error).strip().splitlines()[-1]) from None
-    if starts.min() < -tick / 2:
-        reason = "it has an edit list or a clock that decord ignores"
     if reason:
         raise _refusal(path, reason)
+    try:
+        # The prefix keeps names with ':' from being taken for a protocol.
+        reader = decord.VideoReader(f"file:{os.fspath(path)}", num_threads=threads)
+        starts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
+    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        raise _refusal(path, _reason(error)) from None
+    if starts.min() < -tick / 2:
+        raise _refusal(path, "it has an edit list or a clock that decord ignores")
     starts = np.round(starts / tick) * tick  # decord reports them in float32
     ends = np.append(starts[1:], starts[-1] + interval)
     pictures = [Picture(*times) for times in zip(starts, ends, range(len(starts)), strict=True)]
@@ -76,7 +78,7 @@ def _fetch(
             )
         frames = reader.get_batch(unique).asnumpy()
     except (decord.DECORDError, RuntimeError) as error:
-        raise _refusal(path, str(error).strip().splitlines()[-1]) from None
+        raise _refusal(path, _reason(error)) from None
     return frames if len(unique) == len(numbers) else frames[position]
 
 
@@ -95,6 +97,11 @@ def _difference(source: Source) -> str | None:
         return "it is untagged HD video"
     a, b, c, d = orientation(frame)
     return "it is shown mirrored" if a * d - b * c < 0 else None
+
+
+def _reason(error: Exception) -> str:
+    """decord's message without its clock and source line."""
+    return re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip().splitlines()[-1]).rstrip(".")
 
 
 def _refusal(path: str | os.PathLike[str], reason: str) -> DataError:

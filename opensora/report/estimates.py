@@ -41,7 +41,7 @@ def _estimates(node: dict[str, Any], names: tuple[str, ...]) -> Iterator[tuple[s
     for key, value in node.items():
         if not isinstance(value, dict):
             continue
-        if "mean" not in value and len(names) < MAX_DEPTH:
+        if len(names) < MAX_DEPTH:
             yield from _estimates(value, (*names, key))
         estimate = _estimate(value)
         if estimate is not None:

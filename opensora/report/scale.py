@@ -126,11 +126,11 @@ def figure(value: float | None, digits: int = 3, *, unit: str = "") -> str:
 
 def labels(ticks: Sequence[float]) -> list[str]:
     """The ticks of an axis with as many digits as none of them needs to be rounded at."""
-    for digits in range(3, 10):
+    for digits in range(3, 12):
         shortened = (float(f"{tick:.{digits}g}") for tick in ticks)
-        if all(math.isclose(s, t, rel_tol=1e-9) for s, t in zip(shortened, ticks, strict=True)):
+        if all(math.isclose(s, t, rel_tol=1e-11) for s, t in zip(shortened, ticks, strict=True)):
             return [figure(tick, digits) for tick in ticks]
-    return [figure(tick, 10) for tick in ticks]
+    return [figure(tick, 12) for tick in ticks]
 
 
 def duration(seconds: float | None) -> str:

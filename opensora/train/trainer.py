@@ -113,8 +113,7 @@ class Trainer:
 
     def _stop_before_the_first_step(self) -> None:
         """A signal may have come while the run was put together; nothing new is to be saved."""
-        stop = self.requests.take().stop
-        if any(self.runtime.gather_objects(stop)):
+        if any(self.runtime.gather_objects(self.requests.stops > 0)):
             raise Preempted("stopped by a signal before the first step; run the same command again")
 
     def _step(self, batch: Any) -> tuple[Totals, Update]:

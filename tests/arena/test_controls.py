@@ -1,5 +1,8 @@
 """The controls of docs/arena.md: each known failure leaves its signature in the scores."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -106,3 +109,19 @@ def test_collisions_keep_momentum_and_energy():
     assert summary["momentum_error"]["n"] >= 6
     assert summary["momentum_error"]["mean"] < 0.02
     assert summary["energy_error"]["mean"] < 0.05
+
+
+def test_the_command_prints_both_tables(arena_controls, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["arena_controls.py", "--scenes", "2"])
+    arena_controls.main()
+    printed = capsys.readouterr().out
+    assert "straight motion: 2 scenes" in printed
+    assert printed.count("| ground truth | 1.000 |") == 2
+
+
+def test_the_example_in_the_documentation_runs(monkeypatch, tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "arena.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("count=2000", "count=1"), {})
+    assert (tmp_path / "scenes" / "manifest.csv").exists()

@@ -66,9 +66,14 @@ def test_swapping_is_undone_even_after_an_error():
     before = module.weight.detach().clone()
     with torch.no_grad():
         module.weight.add_(1)
-    with pytest.raises(KeyError), ema.swapped():
-        assert torch.equal(module.weight, before)
-        raise KeyError
+
+    def fail():
+        with ema.swapped():
+            assert torch.equal(module.weight, before)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(module.weight, before + 1)
     assert module.weight.requires_grad
 

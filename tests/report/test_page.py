@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 
 import pytest
@@ -131,6 +132,15 @@ def test_the_top_shows_what_a_visitor_came_for(page):
     }
     summary = header.one("p", class_="summary").text
     assert summary.startswith("1 training run, 3 generated videos and 3 clips of data, on Abacus")
+
+
+def test_it_is_dated_by_the_newest_file_and_not_by_the_clock(tmp_path):
+    write_json(tmp_path / "scores.json", {"model": {"colour": {"mean": 0.5}}})
+    write_lines(tmp_path / "run" / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    os.utime(tmp_path / "scores.json", (1.7e9, 1.7e9))
+    os.utime(tmp_path / "run" / "metrics.jsonl", (1.6e9, 1.6e9))
+    summary = read_page(write_report(tmp_path)).one("p", class_="summary").text
+    assert summary == "1 training run. Last written 14 November 2023, 22:13 UTC."
 
 
 def test_a_run_shows_its_figures_curves_samples_and_incidents(page):

@@ -46,6 +46,12 @@ def tiny(name: str, output: Path, *overrides: str) -> TrainConfig:
     return configs.load(TrainConfig, TINY / f"{name}.yaml", [*quiet, *overrides])
 
 
+def rows_of(step: int, batch_size: int) -> list[int]:
+    """The rows of a step over all ranks."""
+    order = np.argsort(runtime.fractions(np.arange(NUM_CLIPS), 0, "order", step))
+    return order[:batch_size].tolist()
+
+
 class MemorySource:
     """Batches of rows 0 .. NUM_CLIPS - 1 without files; the counterpart of `data.sources.Source`.
 
@@ -79,8 +85,7 @@ class MemorySource:
         rank, ranks, size = self.place.rank, self.place.world_size, self.batch_size
         step = first_step
         while True:
-            order = np.argsort(runtime.fractions(np.arange(NUM_CLIPS), 0, "order", step))
-            rows = order[:size][rank * size // ranks : (rank + 1) * size // ranks].tolist()
+            rows = rows_of(step, size)[rank * size // ranks : (rank + 1) * size // ranks]
             self.seen.append((step, rows))
             yield self.collate(rows, step)
             step += 1
