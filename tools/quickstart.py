@@ -84,7 +84,7 @@ def footage(output: Path, videos: Path) -> Iterator[Stage]:
     manifest = output / "data" / "all.csv"
     captions = videos / "captions.csv"
     options = ("--captions", f"{captions}") if captions.exists() else ()
-    probe = ("data", "probe", f"{videos}", "--output", f"{manifest}", *options)
+    probe = ("data", "probe", f"{videos}", "--output", f"{manifest}", "--decode", *options)
     yield Stage("probe the videos", probe)
     train, validation = split(manifest)
     prompts = prompts_of(train)

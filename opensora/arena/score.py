@@ -25,6 +25,7 @@ Scores = dict[str, float]
 _ZOOM = 1.3
 """Ratio of last to first area from which a zoom is accepted; scenes have 1.69 and more."""
 
+_KINDS = {"fall": trajectory.falls, "bounce": trajectory.bounces}
 _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 _ALL_OR_NOTHING = (
     "count",
@@ -176,19 +177,13 @@ def _motion(reading: Reading, promise: Promise, found: list[Track | None], fps: 
     if straight:
         scores["direction"] = float(np.mean(straight))
     kinds = [
-        t is not None and trajectory.falls(t, reading, fps) for t, p in pairs if p.motion == "fall"
-    ]
-    kinds += [
-        t is not None and trajectory.bounces(t, reading, fps)
-        for t, p in pairs
-        if p.motion == "bounce"
+        track is not None and _KINDS[clause.motion](track, reading, fps)
+        for track, clause in pairs
+        if clause.motion in _KINDS
     ]
     if promise.clauses[0].motion == "collide":
-        first, second = found
-        met = (
-            first is not None and second is not None and trajectory.collides(first, second, reading)
-        )
-        kinds.append(met)
+        both = [track for track in found if track is not None]
+        kinds.append(len(both) == 2 and trajectory.collides(both[0], both[1], reading))
     if kinds:
         scores["motion"] = float(np.mean(kinds))
     if promise.has_bar:

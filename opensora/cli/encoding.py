@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from opensora import runtime
+from opensora import runtime, zoo
 from opensora.cli.progress import Stages
 from opensora.config import Config
 from opensora.data import encode, manifest
@@ -18,6 +18,8 @@ from opensora.data.assignment import BucketAssigner
 from opensora.data.buckets import BucketsConfig
 from opensora.data.clips import ClipReader, ClipsConfig
 from opensora.engine import checkpoint
+from opensora.errors import UsageError
+from opensora.text.encoders import AnyTextEncoder, TextConfig
 from opensora.train.text_to_video import load_vae
 
 
@@ -32,8 +34,15 @@ class EncodeConfig(Config):
         default=(1, 2, 2), description="of the model that will train"
     )
     clips: ClipsConfig = ClipsConfig(start="first")
+    text: TextConfig | None = Field(
+        default=None,
+        description="pretrained text encoder whose features are cached as well; null encodes "
+        "captions while training",
+    )
     cache: encode.EncodeConfig = encode.EncodeConfig()
-    seed: int = Field(default=0, ge=0, description="of keep-probabilities and of clip starts")
+    seed: int = Field(
+        default=0, ge=0, lt=2**62, description="of keep-probabilities and of clip starts"
+    )
     num_workers: int = Field(default=0, ge=0, description="processes that decode ahead")
     device: str = Field(default="auto", description="auto, cpu, cuda, mps")
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -44,13 +53,13 @@ def run(config: EncodeConfig) -> None:
     place = runtime.start(config.device)
     try:
         job = build(config, place.device)
-        with Stages() as stages:
+        with Stages(visible=place.is_main) as stages:
             encode.encode(
                 job,
                 rank=place.rank,
                 world_size=place.world_size,
                 num_workers=config.num_workers,
-                progress=partial(stages.update, "encoding") if place.is_main else None,
+                progress=partial(stages.update, "encoding"),
             )
         place.barrier()
         if place.is_main:
@@ -69,6 +78,10 @@ def build(config: EncodeConfig, device: torch.device) -> encode.EncodeJob:
         rows, config.buckets, stride=vae.stride, patch=config.patch, seed=config.seed
     )
     half = config.precision == "bf16"
+    text, identity = None, {"vae": checkpoint.identity(vae.state_dict())}
+    if config.text is not None:
+        text = _frozen(config.text).to(device)
+        identity["text"] = text.identity()
 
     @torch.no_grad()
     def latents(pixels: Tensor) -> Tensor:
@@ -80,7 +93,17 @@ def build(config: EncodeConfig, device: torch.device) -> encode.EncodeJob:
         assigner=assigner,
         reader=ClipReader(rows, config.buckets, config.clips, seed=config.seed),
         latents=latents,
-        text=None,
-        identity={"vae": checkpoint.identity(vae.state_dict())},
+        text=None if text is None else lambda texts: text.encode(texts).to("cpu"),
+        identity=identity,
         config=config.cache,
     )
+
+
+def _frozen(config: TextConfig) -> AnyTextEncoder:
+    text = zoo.build_text(config)
+    if text.trainable:
+        raise UsageError(
+            f"text.kind={config.kind} learns with the model, so its features cannot be cached: "
+            "leave text out"
+        )
+    return text.eval()

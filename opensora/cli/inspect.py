@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -34,6 +35,13 @@ def schemas() -> dict[str, type[Config]]:
     }
 
 
+def kind_of(tree: dict[str, Any]) -> str:
+    """The kind of config that a tree is: the one with most of its keys."""
+    return max(schemas().items(), key=lambda item: len(tree.keys() & item[1].model_fields.keys()))[
+        0
+    ]
+
+
 def _schema(kind: str) -> type[Config]:
     known = schemas()
     if kind not in known:
@@ -45,10 +53,12 @@ def _schema(kind: str) -> type[Config]:
 def show(
     path: Path = typer.Argument(..., help="YAML file"),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
-    kind: str = typer.Option("train", help="train, encode, arena or scenes"),
+    kind: str = typer.Option(None, help="train, encode, arena or scenes; by default as its keys"),
 ) -> None:
     """Print a config with its bases, overrides and defaults written out, as JSON."""
-    typer.echo(configs.to_json(configs.load(_schema(kind), path, overrides or [])), nl=False)
+    tree = configs.override(configs.read(path), overrides or [])
+    schema = _schema(kind or kind_of(tree))
+    typer.echo(configs.to_json(configs.validate(schema, tree, where=str(path))), nl=False)
 
 
 @config_app.command()

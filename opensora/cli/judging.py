@@ -31,6 +31,9 @@ def run(
         raise UsageError(f"--suite {suite} is unknown.{did_you_mean(suite, SUITES)}")
     config = configs.validate(arena.ArenaConfig, settings, where=where)
     place = runtime.start(device)
+    if place.world_size > 1:
+        place.close()
+        raise UsageError("eval runs in one process: call it without torchrun")
     folder = checkpoints.find(checkpoint)
     trained = VideoPipeline.from_pretrained(folder).to(place.device)
     untrained = fresh(trained).to(place.device)
@@ -46,7 +49,7 @@ def fresh(trained: VideoPipeline) -> VideoPipeline:
     config = trained.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.address(0, "untrained"))
-        text = zoo.build_text(config.text)
+        text = zoo.build_text(config.text) if trained.text.trainable else trained.text
         model = zoo.build_denoiser(config.model, vae=trained.vae, text=text)
     return VideoPipeline(
         model=model.eval(),

@@ -6,7 +6,8 @@ refusals are quick.
 
 from __future__ import annotations
 
-import errno
+import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ import typer
 
 from opensora import __version__
 from opensora.cli import data, inspect, run
-from opensora.errors import OpensoraError, StorageError, did_you_mean
+from opensora.errors import OpensoraError, Preempted, StorageError, UsageError, did_you_mean
 
 # Typer may bring its own copy of click; its exceptions are reached through the public one.
 UsageFault: Any = typer.BadParameter.__mro__[1]
@@ -45,7 +46,12 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the code of its outcome."""
+    """Run the command line and exit with the code of its outcome.
+
+    SIGTERM ends a command as Ctrl-C does: what is half written is removed, and the same command
+    goes on. Training listens for itself.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(invoke(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -58,17 +64,23 @@ def invoke(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except UsageFault as error:
-        return _refuse(_usage(error), 64)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return UsageError.exit_code
+        return _refuse(_usage(error), UsageError.exit_code)
     except ClickFault as error:
-        return _refuse(error.format_message(), 64)
+        return _refuse(error.format_message(), UsageError.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _refuse("interrupted", 75)
+        return _refuse("interrupted; run the same command to go on", Preempted.exit_code)
     except OpensoraError as error:
         return _refuse(str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return StorageError.exit_code
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES):
-            return _refuse(f"{error.filename or 'disk'}: {error.strerror}", StorageError.exit_code)
-        raise
+        if error.errno is None:
+            raise
+        return _refuse(f"{error.filename or 'disk'}: {error.strerror}", StorageError.exit_code)
 
 
 def _refuse(message: str, code: int) -> int:
@@ -80,7 +92,7 @@ def _usage(error: Any) -> str:
     """A usage error with the command's own help and the nearest command."""
     message: str = error.format_message()
     context = error.ctx
-    if context is None or type(error).__name__ == "NoArgsIsHelpError":
+    if context is None:
         return message
     commands = getattr(context.command, "commands", {})
     if commands and message.startswith("No such command"):

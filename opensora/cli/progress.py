@@ -6,15 +6,27 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
 class Stages:
-    """`update(stage, done, total)` from anywhere inside the block."""
+    """`update(stage, done, total)` from anywhere inside the block.
 
-    def __init__(self) -> None:
+    Args:
+        visible: False on ranks that stay silent.
+    """
+
+    def __init__(self, *, visible: bool = True) -> None:
         console = Console(stderr=True)
-        self.live = console.is_terminal
+        self.visible = visible
+        self.live = visible and console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -23,7 +35,7 @@ class Stages:
             console=console,
             disable=not self.live,
         )
-        self._tasks: dict[str, object] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, float] = {}
 
     def __enter__(self) -> Stages:
@@ -34,10 +46,13 @@ class Stages:
         self._progress.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
+        """Show how much of a stage is done; a stage begins when it is first named."""
+        if not self.visible:
+            return
         if self.live:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+            self._progress.update(self._tasks[stage], completed=done, total=total)
             return
         now = time.monotonic()
         if done == total or now - self._told.get(stage, -1e9) >= 10:

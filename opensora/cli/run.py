@@ -1,4 +1,7 @@
-"""Commands that run something: train, encode, sample, eval, report."""
+"""Commands that run something: train, encode, sample, eval, report.
+
+What can be refused without torch is refused before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,14 @@ def train(
 
     Also under torchrun: torchrun --nproc-per-node N -m opensora train CONFIG.
     """
+    tree = configs.override(configs.read(config), overrides or [])
+    from opensora.train.config import TrainConfig
+
+    loaded = configs.validate(TrainConfig, tree, where=str(config))
     from opensora.cli.sampling import sampler_for
     from opensora.runtime import start
-    from opensora.train.config import TrainConfig
     from opensora.train.run import train as run
 
-    loaded = configs.load(TrainConfig, config, overrides or [])
     place = start(loaded.device)
     try:
         run(loaded, place, sampler=sampler_for)
@@ -47,9 +52,10 @@ def encode(
     overrides: list[str] = Overrides,
 ) -> None:
     """Encode clips to a cache of latents once, so that training need not do it every step."""
+    tree = configs.override(configs.read(config), overrides or [])
     from opensora.cli.encoding import EncodeConfig, run
 
-    run(configs.load(EncodeConfig, config, overrides or []))
+    run(configs.validate(EncodeConfig, tree, where=str(config)))
 
 
 def sample(
@@ -57,7 +63,7 @@ def sample(
     prompts: list[str] = typer.Argument(None, help="prompts, one video each"),
     file: Path = typer.Option(None, "--file", help="prompts from a .txt or a .csv column `text`"),
     output: Path = typer.Option(Path("outputs/samples"), "--output", "-o", help="folder"),
-    seed: int = typer.Option(0, min=0, help="seed of the first sample; each has its own"),
+    seed: int = typer.Option(0, min=0, max=2**62, help="of the first sample; each has its own"),
     per_prompt: int = typer.Option(1, min=1, help="videos for each prompt"),
     steps: int = typer.Option(30, min=1, help="sampling steps"),
     guidance: float = typer.Option(3.0, min=0, help="classifier-free guidance scale; 1 is off"),
@@ -73,12 +79,12 @@ def sample(
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
 ) -> None:
-    """Draw videos from prompts."""
-    from opensora.cli.sampling import draw
-
+    """Draw videos from prompts; under torchrun the ranks share them."""
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
+    from opensora.cli.sampling import draw
+
     sampling = {
         "sampler": sampler,
         "schedule": {"num_steps": steps},
@@ -111,11 +117,11 @@ def evaluate(
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
 ) -> None:
     """Judge a checkpoint, with the controls that tell what its scores are worth."""
+    tree: dict[str, Any] = {} if config is None else configs.read(config)
+    tree = configs.override(tree, overrides or [])
     from opensora.cli.judging import run
 
-    tree: dict[str, Any] = {} if config is None else configs.read(config)
-    where = str(config or "eval")
-    run(checkpoint, suite, configs.override(tree, overrides or []), where, output, device)
+    run(checkpoint, suite, tree, str(config or "eval"), output, device)
 
 
 def report(
@@ -123,8 +129,8 @@ def report(
     output: Path = typer.Option(None, "--output", "-o", help="page; FOLDER/report.html by default"),
 ) -> None:
     """Write one offline HTML page from what runs left on disk."""
-    from opensora.report.page import write_report
-
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: name a run, or a folder of runs")
+    from opensora.report.page import write_report
+
     typer.echo(write_report(folder, output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,29 @@ def draw(
     settings = configs.validate(SamplingConfig, sampling, where="sample")
     texts = samples.read_prompts(file) if file is not None else prompts
     place = runtime.start(device)
-    pipeline = VideoPipeline.from_pretrained(checkpoint, averaged=averaged).to(place.device)
-    with Stages() as stages:
-        records = samples.draw(
-            pipeline,
-            samples.jobs(texts, seed=seed, per_prompt=per_prompt),
-            output,
-            sampling=settings,
-            shape=replace(pipeline.shape, **shape),
-            negative_prompt=negative_prompt,
-            batch_size=batch_size,
-            suffix=suffix,
-            progress=lambda done, total: stages.update("sampling", done, total),
-        )
+    try:
+        pipeline = VideoPipeline.from_pretrained(checkpoint, averaged=averaged).to(place.device)
+        work = samples.jobs(texts, seed=seed, per_prompt=per_prompt)
+        with Stages(visible=place.is_main) as stages:
+            records = samples.draw(
+                pipeline,
+                work[place.rank :: place.world_size],
+                output,
+                sampling=settings,
+                shape=replace(pipeline.shape, **shape),
+                negative_prompt=negative_prompt,
+                batch_size=batch_size,
+                suffix=suffix,
+                progress=partial(stages.update, "sampling"),
+            )
+    finally:
+        place.close()
     for record in records:
         print(output / record["file"])
 
 
 def sampler_for(config: TrainConfig) -> Sampler:
-    """The function that draws sample videos with a task in training."""
+    """The function that draws sample videos with a text-to-video task in training."""
     wanted = config.samples
     settings = SamplingConfig(
         schedule=FullSequenceConfig(num_steps=wanted.steps),
@@ -70,8 +75,7 @@ def sampler_for(config: TrainConfig) -> Sampler:
     )
 
     def sample(task: Task, step: int, output: Path, shape: dict[str, Any]) -> None:
-        if not isinstance(task, TextToVideo):
-            raise UsageError("samples.every needs the task text_to_video")
+        assert isinstance(task, TextToVideo), "TrainConfig allows samples for no other task"
         device = next(task.parameters()).device
         pipeline = VideoPipeline(
             model=task.model,

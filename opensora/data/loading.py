@@ -90,6 +90,8 @@ def answers(
     with warnings.catch_warnings():
         # More workers than cores is the caller's choice: a worker also waits for the disk.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
+        # Python 3.12 warns of any fork beside threads; the workers use no lock of the parent's.
+        warnings.filterwarnings("ignore", message=r"This process .* is multi-threaded")
         loader: DataLoader[Any] = DataLoader(
             _Guarded(dataset),
             sampler=requests,  # pyright: ignore[reportArgumentType]

@@ -25,7 +25,7 @@ from opensora.diffusion.samplers import SAMPLERS
 from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
 from opensora.engine.local import load_weights
-from opensora.errors import CheckpointError
+from opensora.errors import CheckpointError, UsageError
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -109,7 +109,7 @@ class VideoPipeline:
         parts = ("weights", "ema", "frozen") if averaged else ("weights", "frozen")
         snapshot = checkpoint.load(folder, parts=parts)
         known = {k: v for k, v in tree.items() if k in GeneratorConfig.model_fields}
-        config = GeneratorConfig.model_validate(known)
+        config = checkpoint.part_of_config(GeneratorConfig, known, folder)
         assert config.vae is not None, "a checkpoint's config is resolved"
         vae = zoo.build_vae(config.vae)
         text = zoo.build_text(config.text)
@@ -156,13 +156,13 @@ class VideoPipeline:
             callback: (step, latents, data estimate) after every step; what it raises cancels.
 
         Raises:
-            UsageError: the shape does not fit the VAE.
+            UsageError: the shape does not fit the VAE and the model.
         """
         shape, sampling = shape or self.shape, sampling or SamplingConfig()
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, found {len(seeds)}")
-        latent_shape = self.vae.latent_shape(shape.num_frames, shape.height, shape.width)
+            raise UsageError(f"{len(prompts)} prompts need as many seeds, found {len(seeds)}")
+        latent_shape = self.latent_shape(shape)
         x = torch.stack([_noise(latent_shape, seed) for seed in seeds]).to(self.device)
         latents = self._denoise(x, prompts, shape, sampling, negative_prompt, callback)
         pixels = self.vae.decode(latents)
@@ -170,6 +170,22 @@ class VideoPipeline:
         frames = frames.permute(0, 2, 3, 4, 1).cpu().numpy()
         rows = zip(prompts, seeds, frames, strict=True)
         return [Sample(prompt, seed, video, shape.fps) for prompt, seed, video in rows]
+
+    def latent_shape(self, shape: Shape) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a video.
+
+        Raises:
+            UsageError: the shape does not divide into the VAE's strides and the model's patches.
+        """
+        latent_shape = self.vae.latent_shape(shape.num_frames, shape.height, shape.width)
+        _, down, across = self.config.model.patch
+        if latent_shape[2] % down or latent_shape[3] % across:
+            sides = (self.vae.stride[1] * down, self.vae.stride[2] * across)
+            raise UsageError(
+                f"a video of {shape.height}x{shape.width} does not fit the model: its sides must "
+                f"be multiples of {sides[0]}x{sides[1]}"
+            )
+        return latent_shape
 
     def _denoise(
         self,

@@ -7,8 +7,10 @@ holds samples of other weights or settings is refused, because the two would be 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,21 +42,22 @@ def read_prompts(path: str | Path) -> list[str]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = _column(text, path) if path.suffix.lower() == ".csv" else text.split("\n")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"the prompts in {path} cannot be read: {error}") from None
-    if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        columns = list(rows.fieldnames or [])
-        if "text" not in columns:
-            hint = did_you_mean("text", columns)
-            raise UsageError(f"{path} has no column 'text' with the prompts.{hint}")
-        lines = [row["text"] or "" for row in rows]
-    else:
-        lines = text.splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"{path} holds no prompts")
     return prompts
+
+
+def _column(text: str, path: Path) -> list[str]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    columns = list(rows.fieldnames or [])
+    if "text" not in columns:
+        hint = did_you_mean("text", columns)
+        raise UsageError(f"{path} has no column 'text' with the prompts.{hint}")
+    return [row["text"] or "" for row in rows]
 
 
 def jobs(prompts: Sequence[str], *, seed: int, per_prompt: int = 1) -> list[Job]:
@@ -79,20 +82,28 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
+    Args:
+        batch_size: videos at a time; no video depends on it.
+        suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
+        progress: called with (done, total) before the first and after every batch.
+
     Raises:
-        UsageError: the folder holds samples of other weights, settings or prompts.
+        UsageError: the shape does not fit the model, or the folder holds samples of other
+            weights, settings or prompts.
     """
     folder, shape = Path(folder), shape or pipeline.shape
+    pipeline.latent_shape(shape)
     settings = {
         "weights": pipeline.fingerprint,
         "sampling": sampling.model_dump(mode="json"),
         "shape": asdict(shape),
         "negative_prompt": negative_prompt,
     }
-    done = _finished(folder, settings, {job.index: job for job in work})
+    done = _finished(folder, settings, {job.index: job for job in work}, suffix)
     missing = [job for job in work if job.index not in done]
     if progress:
         progress(len(done), len(work))
+    _mend(folder / RECORD_NAME)
     for batch in _batches(missing, batch_size):
         videos = pipeline(
             [job.prompt for job in batch],
@@ -120,26 +131,29 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the folder has none.
     """
-    path = Path(folder) / RECORD_NAME
-    records = list(_lines(path))
+    # A video that was lost has been drawn again; its last record counts.
+    records = {record["index"]: record for record in _lines(Path(folder) / RECORD_NAME)}
     if not records:
         raise DataError(f"{folder} holds no samples: {RECORD_NAME} is missing or empty")
-    return sorted(records, key=lambda record: record["index"])
+    return [records[index] for index in sorted(records)]
 
 
 def _finished(
-    folder: Path, settings: dict[str, Any], wanted: dict[int, Job]
+    folder: Path, settings: dict[str, Any], wanted: dict[int, Job], suffix: str
 ) -> dict[int, dict[str, Any]]:
+    """Index -> record of the wanted videos that are there already."""
     done = {}
     for record in _lines(folder / RECORD_NAME):
-        job = wanted.get(record["index"])
-        same = job is not None and record["prompt"] == job.prompt and record["seed"] == job.seed
         differing = [key for key, value in settings.items() if record.get(key) != value]
-        if job is not None and (differing or not same):
-            what = ", ".join(differing) or "prompt or seed"
+        if Path(record["file"]).suffix != suffix:
+            differing.append("format")
+        job = wanted.get(record["index"])
+        if job is not None and (record["prompt"], record["seed"]) != (job.prompt, job.seed):
+            differing.append("prompt or seed")
+        if differing:
             raise UsageError(
-                f"{folder} holds samples drawn differently ({what}): choose another folder, or "
-                "remove it"
+                f"{folder} holds samples drawn differently ({', '.join(differing)}): choose "
+                "another folder, or remove it"
             )
         if job is not None and (folder / record["file"]).is_file():
             done[record["index"]] = record
@@ -147,14 +161,19 @@ def _finished(
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records; the last line may be torn by a crash, and its video is then drawn again."""
+    """Records; a line may be torn by a crash, and its video is then drawn again."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(json.JSONDecodeError):
             yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+
+
+def _mend(path: Path) -> None:
+    """End a line that was torn, so that the next record does not become part of it."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "ab") as log:
+            log.write(b"\n")
 
 
 def _batches(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:

@@ -109,7 +109,18 @@ def has_alpha(pixel_format: Any) -> bool:
 
 def orientation(frame: Any) -> tuple[int, int, int, int]:
     """The display matrix (a, b, c, d): (x, y) is shown at (a x + c y, b x + d y), y downwards."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    # Asking a frame for its side data ties it into a reference cycle, which keeps megabytes until
+    # the garbage collector comes; so a thumbnail, which carries the same side data, is asked.
+    thumbnail = frame.reformat(
+        width=16,
+        height=16,
+        format="gray",
+        interpolation="POINT",
+        src_colorspace="ITU601",
+        dst_colorspace="ITU601",
+        threads=1,
+    )
+    data = thumbnail.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
     a, b, _, c, d = (int(value) for value in np.frombuffer(data, np.int32)[:5])

@@ -124,7 +124,9 @@ def read_commands(folder: Path, notes: Notes) -> list[dict[str, Any]]:
 
 def number(value: object) -> float | None:
     """A JSON value as a number; the strings 'nan', 'inf' and '-inf' count, others give None."""
-    if isinstance(value, bool | int | float):
+    if type(value) is float:  # nearly every value of a metrics file
+        return value
+    if isinstance(value, int):
         try:
             return float(value)
         except OverflowError:  # an integer of more than 308 digits

@@ -78,7 +78,7 @@ class TrainConfig(Config):
     """Everything about a run; written beside its weights."""
 
     output: Path = Field(description="run folder: checkpoints, metrics, samples")
-    seed: int = Field(default=0, ge=0, description="of all randomness in the run")
+    seed: int = Field(default=0, ge=0, lt=2**62, description="of all randomness in the run")
     steps: int = Field(ge=1, description="optimizer steps")
     device: str = Field(default="auto", description="auto, cpu, cuda, mps")
     threads: int | None = Field(

@@ -73,7 +73,7 @@ def test_a_checkpoint_without_a_vae_is_refused(tmp_path):
 
 
 def test_the_environment_is_written_down(tmp_path):
-    config = tiny("vae", tmp_path / "run")
+    config = tiny("vae", tmp_path)
     task = run.build_task(config)
     run._write_facts(config, ALONE, task, SLOW_BF16)
     facts = json.loads((config.output / "environment.json").read_text())

@@ -30,7 +30,7 @@ def test_a_toy_learns_its_line(tmp_path):
     run = tmp_path / "run"
     toy_trainer(run, "steps=60", "optim.lr=0.1", "log.every=20", "validation.every=0").run()
     assert [record["step"] for record in train_records(run)] == [20, 40, 60]
-    assert losses(run)[-1] < 0.05 * losses(run)[0]
+    assert losses(run)[-1] < 0.1 * losses(run)[0]
     assert kept(run) == ["step-000050", "step-000060"]
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_does_not_end_a_run_that_has_a_checkpoint(tmp_path, monkeypa
     trainer.run()
     assert disk.refused == 2
     assert caplog.text.count("Training goes on") == 2
-    assert kept(run) == ["step-000002", "step-000008"] or kept(run)[-1] == "step-000008"
+    assert kept(run) == ["step-000002", "step-000008"]
     assert len(losses(run)) == 8
 
 
