@@ -289,9 +289,14 @@ def _written_keys(location: Sequence[str | int], tree: Any, *, missing: bool) ->
     """
     keys: list[str] = []
     node: Any = tree
+    tagged = False
     for position, key in enumerate(location):
+        # A kind may be spelt like one of its own keys; the tag comes first.
+        if not tagged and isinstance(node, dict) and node.get("kind") == key:
+            tagged = True
+            continue
         if _holds(node, key):
-            node = node[key]
+            node, tagged = node[key], False
         elif not (missing and position == len(location) - 1):
             continue
         keys.append(str(key))

@@ -6,7 +6,6 @@ refusals are quick.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -20,6 +19,7 @@ from opensora.errors import OpensoraError, Preempted, StorageError, UsageError, 
 # Typer may bring its own copy of click; its exceptions are reached through the public one.
 UsageFault: Any = typer.BadParameter.__mro__[1]
 ClickFault: Any = UsageFault.__mro__[1]
+_TYPERS_INTERRUPT = 130
 
 app = typer.Typer(
     name="opensora",
@@ -60,6 +60,8 @@ def invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="opensora", standalone_mode=False)
+        if code == _TYPERS_INTERRUPT:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as error:
         return error.exit_code
@@ -74,9 +76,6 @@ def invoke(arguments: list[str]) -> int:
         return _refuse("interrupted; run the same command to go on", Preempted.exit_code)
     except OpensoraError as error:
         return _refuse(str(error), error.exit_code)
-    except BrokenPipeError:  # whoever read our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return StorageError.exit_code
     except OSError as error:
         if error.errno is None:
             raise

@@ -137,10 +137,11 @@ def test_a_header_that_claims_a_billion_frames_costs_nothing(tmp_path, mp4):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(claim)
         began, before = time.monotonic(), resident_bytes()
-        try:
-            assert numbers(read_clip(path).frames) == list(range(48)), name
-        except DataError as error:
-            assert str(path) in str(error)
+        if name in ("stts", "mdhd"):  # durations only: the frames are there and are given
+            assert numbers(read_clip(path, num_frames=40).frames) == list(range(40))
+        else:
+            with pytest.raises(DataError, match=f"{name}\\.mp4"):
+                read_clip(path)
         assert time.monotonic() - began < 10
         assert resident_bytes() - before < 64 * 2**20
 

@@ -18,8 +18,8 @@ def test_a_plain_file_is_described(mp4):
     assert "mp4" in found.container
     assert (found.fps, found.nominal_fps, found.duration, found.start) == (24.0, 24.0, 2.0, 0.0)
     assert (found.rotation, found.pixel_aspect) == (0, 1.0)
-    assert not (found.variable_rate or found.hdr or found.has_audio)
-    assert found.damage is None
+    flags = (found.variable_rate, found.hdr, found.has_audio, found.damage)
+    assert flags == (False, False, False, None)
 
 
 def test_counting_by_decoding_agrees_with_counting_packets(mp4, tmp_path, frames):

@@ -1,0 +1,187 @@
+"""Prompts to frames: a video is a function of weights, prompt, seed and settings, and no more."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from opensora import zoo
+from opensora.engine import checkpoint
+from opensora.errors import CheckpointError, UsageError
+from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from tests.infer.conftest import SHAPE, build_pipeline
+
+PROMPTS = ["a red circle moving right", "a blue square", "two green triangles moving up slowly"]
+QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 3}, "guidance": {"scale": 2.0}})
+
+
+def frames(pipeline, prompts, seeds, **options) -> np.ndarray:
+    options = {"sampling": QUICK, **options}
+    return np.stack([s.frames for s in pipeline(prompts, seeds=seeds, **options)])
+
+
+def test_a_sample_is_upright_uint8_with_its_prompt_and_seed(pipeline):
+    first, second, third = pipeline(PROMPTS, seeds=[5, 6, 7], sampling=QUICK)
+    assert first.frames.shape == (5, 32, 32, 3)
+    assert first.frames.dtype == np.uint8
+    assert (second.prompt, second.seed, third.fps) == (PROMPTS[1], 6, 8.0)
+    assert first.frames.std() > 1
+
+
+def test_a_sample_depends_on_its_seed_and_prompt(pipeline):
+    base = frames(pipeline, PROMPTS[:1], [0])
+    assert np.array_equal(frames(pipeline, PROMPTS[:1], [0]), base)
+    assert not np.array_equal(frames(pipeline, PROMPTS[:1], [1]), base)
+    assert not np.array_equal(frames(pipeline, PROMPTS[1:2], [0]), base)
+    torch.manual_seed(17)  # torch's own generator has no say
+    assert np.array_equal(frames(pipeline, PROMPTS[:1], [0]), base)
+
+
+def test_a_sample_does_not_depend_on_its_batch(pipeline):
+    """Products over a batch of another size, and text padded to another length, round elsewhere.
+
+    Latents are of size one and three steps round them by less than 1e-5; the decoder stretches
+    that by less than 10, under a hundredth of a level, so a pixel changes by a level at most, and
+    only where it lies within that hundredth of the border of two.
+    """
+    seeds = [10, 11, 12]
+    together = frames(pipeline, PROMPTS, seeds).astype(int)
+    for k in range(3):
+        alone = frames(pipeline, PROMPTS[k : k + 1], seeds[k : k + 1])[0]
+        assert np.abs(together[k] - alone).max() <= 1
+        assert (together[k] != alone).mean() < 0.01
+    order = [2, 0, 1]
+    turned = frames(pipeline, [PROMPTS[k] for k in order], [seeds[k] for k in order])
+    assert np.abs(together[order] - turned).max() <= 1
+
+
+def test_every_sampler_and_schedule_draws(pipeline):
+    found = []
+    for sampler in ("euler", "heun", "dpmpp_2m", "ddim"):
+        sampling = QUICK.model_copy(update={"sampler": sampler})
+        found.append(frames(pipeline, PROMPTS[:1], [0], sampling=sampling))
+    for kind in ("autoregressive", "pyramid"):
+        sampling = SamplingConfig.model_validate({"schedule": {"kind": kind, "num_steps": 3}})
+        found.append(frames(pipeline, PROMPTS[:1], [0], sampling=sampling))
+    assert all(video.shape == found[0].shape for video in found)
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[4])
+
+
+def test_guidance_and_the_negative_prompt_count(pipeline):
+    def drawn(scale, **options):
+        sampling = SamplingConfig.model_validate(
+            {"schedule": {"num_steps": 2}, "guidance": {"scale": scale}}
+        )
+        return frames(pipeline, PROMPTS[:1], [0], sampling=sampling, **options)
+
+    assert not np.array_equal(drawn(1.0), drawn(4.0))
+    assert not np.array_equal(drawn(4.0), drawn(4.0, negative_prompt="a grey cloud"))
+    assert np.array_equal(drawn(1.0), drawn(1.0, negative_prompt="a grey cloud"))
+
+
+def test_another_shape_and_rate_may_be_asked(pipeline):
+    shape = Shape(num_frames=9, height=48, width=32, fps=4.0)
+    (sample,) = pipeline(PROMPTS[:1], shape=shape, sampling=QUICK)
+    assert sample.frames.shape == (9, 48, 32, 3)
+    assert sample.fps == 4.0
+    faster = frames(pipeline, PROMPTS[:1], [0], shape=replace(SHAPE, fps=24.0))
+    assert not np.array_equal(faster, frames(pipeline, PROMPTS[:1], [0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_frames": 6}, r"1 \+ 4k frames"),
+        ({"height": 36}, "multiples of 8x8"),
+        ({"width": 40}, "multiples of 16x16"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(change, told, pipeline):
+    with pytest.raises(UsageError, match=told):
+        pipeline(PROMPTS[:1], shape=replace(SHAPE, **change))
+
+
+def test_every_prompt_needs_a_seed(pipeline):
+    with pytest.raises(UsageError, match="3 prompts need as many seeds, found 2"):
+        pipeline(PROMPTS, seeds=[1, 2])
+
+
+def test_a_callback_sees_every_step_and_may_end_it(pipeline):
+    seen = []
+
+    class Cancelled(Exception):
+        pass
+
+    def callback(step, x, data):
+        seen.append((step, tuple(x.shape), tuple(data.shape)))
+        if step == 1 and len(seen) > 3:
+            raise Cancelled
+
+    pipeline(PROMPTS[:2], sampling=QUICK, callback=callback)
+    assert seen == [(step, (2, 4, 2, 4, 4), (2, 4, 2, 4, 4)) for step in range(3)]
+    with pytest.raises(Cancelled):
+        pipeline(PROMPTS[:2], sampling=QUICK, callback=callback)
+    assert len(seen) == 5
+
+
+def test_training_levels_shift_sampling_levels(pipeline):
+    other = build_pipeline(
+        timesteps={"kind": "uniform", "shift": {"kind": "constant", "value": 1.0}}
+    )
+    assert not np.array_equal(frames(other, PROMPTS[:1], [0]), frames(pipeline, PROMPTS[:1], [0]))
+
+
+def test_bfloat16_draws_nearly_the_same(pipeline):
+    half = build_pipeline().to("cpu", torch.bfloat16)
+    exact = frames(pipeline, PROMPTS[:1], [0]).astype(int)
+    found = frames(half, PROMPTS[:1], [0])
+    assert 0 < np.abs(found - exact).mean() < 8
+
+
+def save_run(pipeline: VideoPipeline, path, *, averages: float) -> None:
+    """A checkpoint as training writes it, with averages that are the weights times a factor."""
+    parts = {"model": pipeline.model, "text": pipeline.text}
+    weights = {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
+    trained = {f"{k}.{n}" for k, part in parts.items() for n, _ in part.named_parameters()}
+    task = {"kind": "text_to_video", "masks": {}, **pipeline.config.model_dump(mode="json")}
+    snapshot = checkpoint.Snapshot(
+        step=3,
+        config=__import__("json").dumps({"task": task}),
+        weights=weights,
+        ema={name: weights[name] * averages for name in trained},
+        frozen={f"vae.{n}": v for n, v in pipeline.vae.state_dict().items()},
+        progress={"shape": vars(SHAPE)},
+    )
+    checkpoint.save(path / "checkpoints", snapshot, keep=1)
+
+
+def test_a_checkpoint_draws_what_its_model_drew(pipeline, tmp_path):
+    save_run(pipeline, tmp_path, averages=1.0)
+    loaded = VideoPipeline.from_pretrained(tmp_path)
+    assert loaded.shape == SHAPE
+    assert np.array_equal(frames(loaded, PROMPTS[:1], [0]), frames(pipeline, PROMPTS[:1], [0]))
+    assert not loaded.model.training
+
+
+def test_averaged_and_raw_weights_are_different_models(pipeline, tmp_path):
+    save_run(pipeline, tmp_path, averages=0.5)
+    averaged = VideoPipeline.from_pretrained(tmp_path)
+    raw = VideoPipeline.from_pretrained(tmp_path, averaged=False)
+    assert averaged.fingerprint != raw.fingerprint
+    assert np.array_equal(frames(raw, PROMPTS[:1], [0]), frames(pipeline, PROMPTS[:1], [0]))
+    assert not np.array_equal(frames(averaged, PROMPTS[:1], [0]), frames(raw, PROMPTS[:1], [0]))
+    name = "x_embedder.weight"
+    half = pipeline.model.state_dict()[name] * 0.5
+    assert torch.equal(averaged.model.state_dict()[name], half)
+
+
+def test_a_checkpoint_of_another_version_is_refused(pipeline, tmp_path):
+    other = build_pipeline()
+    other.config = zoo.GeneratorConfig(
+        vae=other.config.vae
+    )  # another model than the weights are of
+    save_run(other, tmp_path, averages=1.0)
+    with pytest.raises((CheckpointError, UsageError), match="text_channels|do not fit"):
+        VideoPipeline.from_pretrained(tmp_path)
