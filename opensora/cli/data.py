@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from opensora import config as configs
 from opensora.errors import DataError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from opensora.data.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -70,12 +75,28 @@ def probe(
             raise UsageError("--captions goes with a folder; a manifest has its own texts")
         else:
             found, refused = folder.fill(source, options=options)
-    manifest.write(found, output)
+    manifest.write(_anchored(found, output.absolute().parent), output)
     typer.echo(f"{len(found)} clips in {output}")
     if refused:
         quarantine = output.with_name(f"{output.stem}.quarantine.csv")
         folder.write_refused(refused, quarantine)
         typer.echo(f"{len(refused)} files refused, see {quarantine}")
+
+
+def _anchored(rows: Manifest, folder: Path) -> Manifest:
+    """The same clips in a manifest of another folder.
+
+    Paths below that folder stay relative, so that both can be moved together; others become
+    absolute.
+    """
+    from opensora.data.packed import PackedStrings
+
+    def place(row: int) -> str:
+        path = rows.location(row).absolute()
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+    paths = PackedStrings.pack(place(row) for row in range(len(rows)))
+    return replace(rows, folder=folder, paths=paths)
 
 
 @app.command()
