@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import shutil
@@ -123,14 +122,14 @@ def test_every_stage_is_done_when_asked_again(pipeline, capsys):
     assert {p: p.stat().st_mtime_ns for p in pipeline.rglob("*.safetensors")} == before
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("opensora.report.page") is None, reason="there is no report room"
-)
 def test_the_report_shows_the_runs_and_the_videos(pipeline):
     run("report", pipeline)
     page = (pipeline / "report.html").read_text(encoding="utf-8")
     assert "a blue square, moving up" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:video/mp4" in page
+    run("report", pipeline, "--embed", 0, "-o", pipeline / "linked.html")
+    assert "data:video/mp4" not in (pipeline / "linked.html").read_text(encoding="utf-8")
 
 
 def test_one_clip_is_learnt_by_heart(tmp_path, world):
@@ -150,6 +149,21 @@ def test_one_clip_is_learnt_by_heart(tmp_path, world):
     )  # fmt: skip
     found = losses(tmp_path / "run")
     assert sum(found[-20:]) < 0.35 * sum(found[:20])
+
+
+def test_a_broken_clip_is_replaced_and_written_down(tmp_path, world):
+    """The run goes on with another clip, and the run's folder says which one is broken and why."""
+    data = tmp_path / "data"
+    shutil.copytree(world.train.parent, data)
+    rows = list(csv.DictReader((data / "manifest.csv").read_text(encoding="utf-8").splitlines()))
+    broken = data / rows[3]["path"]
+    broken.write_bytes(broken.read_bytes()[:400])
+    output = tmp_path / "run"
+    places_of_run = (*world.overrides("vae", output), f'data.manifest="{data / "manifest.csv"}"')
+    run("train", TINY / "vae.yaml", *places_of_run, "steps=4", "data.clips.max_bad_fraction=0.1")
+    (found,) = csv.reader((output / "quarantine.csv").read_text(encoding="utf-8").splitlines())
+    assert found[:2] == ["3", str(broken)]
+    assert len(losses(output)) == 4
 
 
 def test_a_folder_of_real_footage_goes_the_same_way(tmp_path):

@@ -127,10 +127,13 @@ def evaluate(
 def report(
     folder: Path = typer.Argument(..., help="run folder, or a folder of runs and scores"),
     output: Path = typer.Option(None, "--output", "-o", help="page; FOLDER/report.html by default"),
+    embed: float = typer.Option(
+        25.0, min=0, metavar="MB", help="videos held by the page itself; others are linked"
+    ),
 ) -> None:
     """Write one offline HTML page from what runs left on disk."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder: name a run, or a folder of runs")
     from opensora.report.page import write_report
 
-    typer.echo(write_report(folder, output))
+    typer.echo(write_report(folder, output, max_bytes=int(embed * 1e6)))

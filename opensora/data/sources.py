@@ -108,16 +108,21 @@ def open_source(
     place: Runtime,
     *,
     seed: int,
+    quarantine: Path | None = None,
 ) -> Source:
     """Open the data of a run and check it.
+
+    Args:
+        seed: of the run.
+        quarantine: a CSV file (row, path, reason) for clips that cannot be read, or None.
 
     Raises:
         DataError: it cannot be read, does not fit the buckets, or holds another encoder's latents.
         UsageError: the config contradicts itself, or has too few clips a step for the ranks.
     """
     if isinstance(config, ClipsSourceConfig):
-        assigner, dataset = _clips(config.manifest, config, needs, seed)
-        held = config.validation and _clips(config.validation, config, needs, seed, fixed=True)
+        assigner, dataset = _clips(config.manifest, config, needs, seed, quarantine)
+        held = config.validation and _clips(config.validation, _fixed(config), needs, seed)
     else:
         assigner, dataset = _latents(config.cache, config, needs)
         held = config.validation and _latents(config.validation, config, needs)
@@ -125,7 +130,7 @@ def open_source(
     plan.check_world_size(place.world_size)
     return Source(
         assigner(0).census,
-        assigner.identity,
+        plan.identity,
         plan,
         dataset,
         held or None,
@@ -135,19 +140,22 @@ def open_source(
 
 
 def _clips(
-    path: Path, config: ClipsSourceConfig, needs: Needs, seed: int, *, fixed: bool = False
+    path: Path, config: ClipsSourceConfig, needs: Needs, seed: int, quarantine: Path | None = None
 ) -> tuple[BucketAssigner, ClipDataset]:
-    """A manifest's clips; `fixed` cuts each from its file's start and middle, for validation."""
-    manifest = manifests.read(path)
-    manifests.check_files(manifest)
-    clips = config.clips
-    if fixed:
-        clips = clips.model_copy(update={"start": "first", "crop": "centre", "flip": 0.0})
+    rows = manifests.read(path)
+    manifests.check_files(rows)
     assigner = BucketAssigner(
-        manifest, config.buckets, stride=needs.stride, patch=needs.patch, seed=seed
+        rows, config.buckets, stride=needs.stride, patch=needs.patch, seed=seed
     )
-    reader = ClipReader(manifest, config.buckets, clips, seed=seed)
-    return assigner, ClipDataset(reader, Quarantine(len(manifest), clips.max_bad_fraction))
+    reader = ClipReader(rows, config.buckets, config.clips, seed=seed)
+    refused = Quarantine(len(rows), config.clips.max_bad_fraction, quarantine)
+    return assigner, ClipDataset(reader, refused)
+
+
+def _fixed(config: ClipsSourceConfig) -> ClipsSourceConfig:
+    """For validation: each clip begins at its row's start and is cut from the middle."""
+    changes = {"start": "first", "crop": "centre", "flip": 0.0}
+    return config.model_copy(update={"clips": config.clips.model_copy(update=changes)})
 
 
 def _latents(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from opensora.config import Config
 from opensora.ops.attention import attend
 from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, normalise, patchify, unpatchify
-from opensora.ops.positions import rotary_phases, rotate, sincos_2d
+from opensora.ops.positions import rotary_phases, rotate, sincos_2d, sinusoid
 from opensora.types import Condition
 
 
@@ -47,7 +47,13 @@ class STDiTConfig(Config):
     window: tuple[int, int] | None = Field(
         default=None,
         description="temporal blocks attend over all frames of windows of this many tokens down "
-        "and across, with rotary positions on three axes (Open-Sora 1.3); None: of one location",
+        "and across, with rotary positions on three axes (Open-Sora 1.3); windows that do not "
+        "divide the picture are made smaller; None: attend over time at one location",
+    )
+    absolute_time: bool = Field(
+        default=False,
+        description="add a fixed code of the frame's number to its tokens (Latte); rotary time "
+        "alone says how far frames are apart, from which small models learn motion slowly",
     )
     condition_on_size: bool = Field(
         default=False, description="embed height and width as well as fps"
@@ -257,7 +263,7 @@ class STDiT(nn.Module):
             )
         grid = (height // down, width // across)
         tokens = self.x_embedder(patchify(x, self.config.patch))  # B T N D
-        tokens = tokens + self._positions(grid, x.device).to(tokens.dtype)
+        tokens = tokens + self._positions(frames, grid, x.device).to(tokens.dtype)
         if t.dim() == 1:
             t = t[:, None]
         level = self.t_embedder(t.expand(batch, frames))  # B T D
@@ -269,12 +275,17 @@ class STDiT(nn.Module):
             tokens = block(tokens, text, cond.mask, shared, places)  # B T N D
         return unpatchify(self.final_layer(tokens, level), self.config.patch, grid)  # B C T H W
 
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """(N, D); a larger picture spreads the same positions, as in PixArt (Chen et al. 2023)."""
+    def _positions(self, frames: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(T or 1, N, D); a larger picture spreads the same positions, as in PixArt (Chen et al.
+        2023)."""
         scale = self.config.base_size / (grid[0] * grid[1]) ** 0.5
         rows = torch.arange(grid[0], device=device) * scale
         columns = torch.arange(grid[1], device=device) * scale
-        return sincos_2d(rows, columns, self.config.width)
+        space = sincos_2d(rows, columns, self.config.width)[None]  # 1 N D
+        if not self.config.absolute_time:
+            return space
+        time = sinusoid(torch.arange(frames, device=device), self.config.width)  # T D
+        return space + time[:, None]
 
     def _places(self, frames: int, grid: tuple[int, int], device: torch.device) -> Places:
         """Windows are made to fit: the largest that divide the grid and are not above the config's.

@@ -44,7 +44,7 @@ class AutoencoderConfig(Config):
     )
     sample_posterior: bool = Field(
         default=False,
-        description="draw latents from the posterior; needed where loss.kl_weight counts",
+        description="draw latents from the posterior; needed where loss.kl counts",
     )
 
 

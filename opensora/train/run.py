@@ -62,7 +62,13 @@ def prepare(
     rates = measure(place)
     config = settle(config, place, rates)
     task = build_task(config).to(place.device)
-    source = sources.open_source(config.data, needs_of(config, task), place, seed=config.seed)
+    source = sources.open_source(
+        config.data,
+        needs_of(config, task),
+        place,
+        seed=config.seed,
+        quarantine=config.output / "quarantine.csv",
+    )
     log.info("%s", source.census)
     optimizers = optim.build(config.optim, task)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -307,7 +307,17 @@ class CausalVAE(nn.Module):
         """Normalised latents -> pixels in [-1, 1], float (B, 3, F, H, W)."""
         if chunk is None:
             return self.reconstruct(latents).clamp(-1, 1)
-        return torch.cat(list(self.stream(latents, chunk=chunk)), dim=2)
+        batch, _, frames, height, width = latents.shape
+        time, down, across = self.stride
+        shape = (batch, 3, 1 + (frames - 1) * time, height * down, width * across)
+        pixels = None  # filled in place: a list of pieces would hold the clip twice
+        start = 0
+        for part in self.stream(latents, chunk=chunk):
+            pixels = part.new_empty(shape) if pixels is None else pixels
+            pixels[:, :, start : start + part.shape[2]] = part
+            start += part.shape[2]
+        assert pixels is not None, "a clip has at least one frame"
+        return pixels
 
     def stream(self, latents: Tensor, *, chunk: int = 1) -> Iterator[Tensor]:
         """Decode piece by piece: yields pixels (B, 3, f, H, W) as soon as they are known."""

@@ -71,6 +71,21 @@ def test_without_temporal_mixing_a_frame_feels_its_own_level_only():
     assert moved[[0, 2]].tolist() == [0, 0]
 
 
+def test_frames_know_their_number_where_time_is_absolute():
+    """Without temporal mixing, equal frames at equal levels are told apart by their number only."""
+    x, t, condition = draw()
+    x, t = x[:, :, :1].expand(-1, -1, 3, -1, -1), t[:, :1].expand(-1, 3)
+    for absolute in (False, True):
+        model = build(absolute_time=absolute)
+        for block in model.temporal_blocks:
+            torch.nn.init.zeros_(block.attn.proj.weight)
+        with torch.no_grad():
+            frames = model(x, t, condition).unbind(2)
+            assert torch.allclose(frames[0], frames[2]) is not absolute
+            longer = model(x.repeat(1, 1, 2, 1, 1), t.repeat(1, 2), condition)
+        assert_close(longer[:, :, 2], frames[2], **EXACT)  # the code does not stretch
+
+
 def test_through_temporal_attention_other_frames_feel_it_too():
     model = build()
     x, t, condition = draw()
