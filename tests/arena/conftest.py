@@ -39,8 +39,8 @@ def varied_readings(varied_videos):
 
 @pytest.fixture(scope="session")
 def arena_controls():
-    """The module tools/arena_controls.py."""
-    path = Path(__file__).parents[2] / "tools" / "arena_controls.py"
+    """The module eval/arena/controls.py."""
+    path = Path(__file__).parents[2] / "eval" / "arena" / "controls.py"
     spec = importlib.util.spec_from_file_location("arena_controls", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,6 @@
 """What the judge says of videos whose quality is known: the controls of docs/arena.md.
 
-    python tools/arena_controls.py --scenes 200
+    python eval/arena/controls.py --scenes 200
 
 Prints a Markdown table, one row a control: right videos and harmless damage must score 1, wrong,
 frozen, reversed, shuffled, blurred and empty videos must not.
