@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
-NUM_CLIPS = 3000
+NUM_CLIPS = 2400
 NUM_VALIDATION = 64
 VALIDATION_EVERY = 8
 
