@@ -174,7 +174,9 @@ def _untrained(
     first = work[: config.num_prompts.get(1, 0)]
     records = _draw(pipeline, first, folder, config, lambda *n: tell("untrained", *n))
     videos = [read_clip(folder / record["file"]).frames for record in records]
-    return _judge(videos, records, config)
+    judged = _judge(videos, records, config)
+    _write_scores(folder, records, judged)
+    return judged
 
 
 def _write_scores(folder: Path, records: list[dict[str, Any]], judged: list[Scores]) -> None:
