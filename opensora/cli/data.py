@@ -27,7 +27,10 @@ def render(
     config: Path = typer.Option(None, "--config", help="YAML with the distribution of scenes"),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
 ) -> None:
-    """Render captioned scenes with exact ground truth: mp4 files, manifest.csv, truth.jsonl."""
+    """Render captioned scenes with exact ground truth.
+
+    Writes mp4 files, manifest.csv and truth.jsonl.
+    """
     from opensora.arena.dataset import write_dataset
     from opensora.arena.scenes import SPLITS, SceneConfig
     from opensora.cli.progress import Stages
@@ -57,9 +60,10 @@ def probe(
     captions: Path = typer.Option(None, help="CSV or Parquet with path and text"),
     decode: bool = typer.Option(False, help="decode every frame, which finds all damage"),
 ) -> None:
-    """Build a manifest from a folder of videos; unreadable files are listed with their reason.
+    """Build a manifest from a folder of videos.
 
-    Captions come from --captions, from a .txt beside the video, or from the file's name.
+    Files that cannot be read are listed with their reason. Captions come from --captions, from a
+    .txt beside the video, or from the file's name.
     """
     from opensora.cli.progress import Stages
     from opensora.data import folder, manifest
@@ -105,7 +109,10 @@ def check(
     config: Path = typer.Option(None, "--config", help="training YAML, to show what it would use"),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
 ) -> None:
-    """Check a manifest and its files; with --config, say which clips training would leave out."""
+    """Check a manifest and its files.
+
+    With --config, say which clips training would leave out.
+    """
     from opensora.data import manifest as manifests
 
     rows = manifests.read(manifest)

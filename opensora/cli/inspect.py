@@ -55,7 +55,7 @@ def show(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
     kind: str = typer.Option(None, help="train, encode, arena or scenes; by default as its keys"),
 ) -> None:
-    """Print a config with its bases, overrides and defaults written out, as JSON."""
+    """Print a config with every default written out, as JSON."""
     tree = configs.override(configs.read(path), overrides or [])
     schema = _schema(kind or kind_of(tree))
     typer.echo(configs.to_json(configs.validate(schema, tree, where=str(path))), nl=False)
@@ -70,7 +70,7 @@ def schema(kind: str = typer.Option("train", help="train, encode, arena or scene
 def doctor(
     folder: Path = typer.Option(Path(), help="where runs will be written"),
 ) -> None:
-    """Check this machine: versions, devices, codecs, collectives, disk."""
+    """Check versions, devices, codecs, collectives and disk."""
     from opensora.cli.doctor import examine
 
     findings = examine(folder)

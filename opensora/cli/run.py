@@ -28,7 +28,7 @@ def train(
     config: Path = typer.Argument(..., help="YAML file of the run, see configs/"),
     overrides: list[str] = Overrides,
 ) -> None:
-    """Train what a config describes, or go on where the same run stopped.
+    """Train what a config says, or go on where it stopped.
 
     Also under torchrun: torchrun --nproc-per-node N -m opensora train CONFIG.
     """
@@ -51,7 +51,7 @@ def encode(
     config: Path = typer.Argument(..., help="YAML file of an encoding, see configs/"),
     overrides: list[str] = Overrides,
 ) -> None:
-    """Encode clips to a cache of latents once, so that training need not do it every step."""
+    """Encode clips to cached latents, for quicker training."""
     tree = configs.override(configs.read(config), overrides or [])
     from opensora.cli.encoding import EncodeConfig, run
 
@@ -79,7 +79,7 @@ def sample(
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
 ) -> None:
-    """Draw videos from prompts; under torchrun the ranks share them."""
+    """Draw videos from prompts. Under torchrun the ranks share them."""
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
@@ -116,7 +116,7 @@ def evaluate(
     overrides: list[str] = Overrides,
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
 ) -> None:
-    """Judge a checkpoint, with the controls that tell what its scores are worth."""
+    """Judge a checkpoint beside its controls."""
     tree: dict[str, Any] = {} if config is None else configs.read(config)
     tree = configs.override(tree, overrides or [])
     from opensora.cli.judging import run
