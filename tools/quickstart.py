@@ -17,6 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from opensora import config as configs
+from opensora import zoo
+from opensora.data import manifest as manifests
+from opensora.data.assignment import BucketAssigner
+from opensora.errors import OpensoraError
+from opensora.train.autoencoder import AutoencoderConfig
+from opensora.train.config import TrainConfig
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 NUM_CLIPS = 2400
 NUM_VALIDATION = 64
@@ -98,13 +108,19 @@ def footage(output: Path, videos: Path) -> Iterator[Stage]:
 
 
 def split(manifest: Path) -> tuple[Path, Path]:
-    """Every so many-th row becomes validation; the two tables stand beside the manifest."""
+    """Every so many-th clip that training can use becomes validation.
+
+    The two tables stand beside the manifest. Clips that are too short or too small stay in the
+    table of training, whose census says why it leaves them out.
+    """
     with open(manifest, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or [])
+    fitting = usable(manifest)
+    held = set(fitting[::VALIDATION_EVERY]) if len(fitting) > 1 else set()
     parts = {
-        "train.csv": [r for i, r in enumerate(rows) if i % VALIDATION_EVERY or len(rows) < 2],
-        "validation.csv": [r for i, r in enumerate(rows) if i % VALIDATION_EVERY == 0],
+        "train.csv": [row for number, row in enumerate(rows) if number not in held],
+        "validation.csv": [rows[number] for number in sorted(held) or fitting],
     }
     for name, part in parts.items():
         with open(manifest.parent / name, "w", encoding="utf-8", newline="") as file:
@@ -112,6 +128,22 @@ def split(manifest: Path) -> tuple[Path, Path]:
             writer.writeheader()
             writer.writerows(part)
     return manifest.parent / "train.csv", manifest.parent / "validation.csv"
+
+
+def usable(manifest: Path) -> list[int]:
+    """Rows of a manifest that have a bucket in the VAE's config.
+
+    Raises:
+        DataError: there are none, with the census.
+    """
+    config = configs.load(TrainConfig, CONFIGS / "vae.yaml")
+    assert isinstance(config.task, AutoencoderConfig)
+    stride = zoo.build_vae(config.task.vae).stride
+    rows = manifests.read(manifest)
+    assigner = BucketAssigner(
+        rows, config.data.buckets, stride=stride, patch=(1, 1, 1), seed=config.seed
+    )
+    return np.flatnonzero(assigner(0).bucket_of_row >= 0).tolist()
 
 
 def prompts_of(manifest: Path) -> list[str]:
@@ -158,7 +190,11 @@ def main() -> int:
     if not options.videos.is_dir():
         print(f"quickstart: {options.videos} is not a folder", file=sys.stderr)
         return 64
-    return run(footage(output, options.videos.resolve()), output)
+    try:
+        return run(footage(output, options.videos.resolve()), output)
+    except OpensoraError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":
