@@ -17,15 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from opensora import config as configs
-from opensora import zoo
-from opensora.data import manifest as manifests
-from opensora.data.assignment import BucketAssigner
 from opensora.errors import OpensoraError
-from opensora.train.autoencoder import AutoencoderConfig
-from opensora.train.config import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 NUM_CLIPS = 2400
@@ -46,13 +38,21 @@ def assign(key: str, value: object) -> str:
     return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
-def training(output: Path, train: Path, validation: Path, changes: list[str]) -> Iterator[Stage]:
-    """Train the VAE, encode, train the generator."""
+def training(
+    output: Path, train: Path, validation: Path, *, workers: int = 0, changes: tuple[str, ...] = ()
+) -> Iterator[Stage]:
+    """Train the VAE, encode, train the generator.
+
+    Args:
+        workers: processes that decode ahead for the VAE, worth it where files are large.
+        changes: to the generator's config.
+    """
     vae, latents = output / "vae", output / "latents"
     places = [
         assign("output", vae),
         assign("data.manifest", train),
         assign("data.validation", validation),
+        f"data.num_workers={workers}",
     ]
     yield Stage("train the VAE", ("train", f"{CONFIGS / 'vae.yaml'}", *places))
     for name, manifest in (("train", train), ("validation", validation)):
@@ -83,7 +83,7 @@ def scenes(output: Path) -> Iterator[Stage]:
         options = ("--count", f"{count}", "--split", split, "--workers", "2", *config)
         yield Stage(f"render {folder.name} clips", ("data", "render", f"{folder}", *options))
     manifests = (train / "manifest.csv", validation / "manifest.csv")
-    yield from training(output, *manifests, [])
+    yield from training(output, *manifests)
     options = ("--config", f"{CONFIGS / 'arena.yaml'}", "--output", f"{output}")
     yield Stage("sample and judge", ("eval", f"{output / 't2v'}", *options))
     yield Stage("report", ("report", f"{output}"))
@@ -96,10 +96,12 @@ def footage(output: Path, videos: Path) -> Iterator[Stage]:
     options = ("--captions", f"{captions}") if captions.exists() else ()
     probe = ("data", "probe", f"{videos}", "--output", f"{manifest}", "--decode", *options)
     yield Stage("probe the videos", probe)
-    train, validation = split(manifest)
-    prompts = prompts_of(train)
+    fitting = usable(manifest)
+    train, validation = split(manifest, fitting)
+    prompts = prompts_of(manifest, fitting)
     quoted = json.dumps(prompts[:4], ensure_ascii=False)
-    yield from training(output, train, validation, [f"samples.prompts={quoted}"])
+    changes = (f"samples.prompts={quoted}",)
+    yield from training(output, train, validation, workers=1, changes=changes)
     text = output / "data" / "prompts.txt"
     text.write_text("\n".join(prompts[:16]) + "\n", encoding="utf-8")
     options = ("--file", f"{text}", "--output", f"{output / 'samples'}")
@@ -107,20 +109,17 @@ def footage(output: Path, videos: Path) -> Iterator[Stage]:
     yield Stage("report", ("report", f"{output}"))
 
 
-def split(manifest: Path) -> tuple[Path, Path]:
-    """Every so many-th clip that training can use becomes validation.
+def split(manifest: Path, fitting: list[int]) -> tuple[Path, Path]:
+    """Every so many-th of the clips that fit becomes validation, in two tables beside the manifest.
 
-    The two tables stand beside the manifest. Clips that are too short or too small stay in the
-    table of training, whose census says why it leaves them out.
+    Clips that are too short or too small stay in the table of training, whose census says why it
+    leaves them out.
     """
-    with open(manifest, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), list(reader.fieldnames or [])
-    fitting = usable(manifest)
-    held = set(fitting[::VALIDATION_EVERY]) if len(fitting) > 1 else set()
+    rows, columns = table(manifest)
+    held = fitting[::VALIDATION_EVERY] if len(fitting) > 1 else []
     parts = {
         "train.csv": [row for number, row in enumerate(rows) if number not in held],
-        "validation.csv": [rows[number] for number in sorted(held) or fitting],
+        "validation.csv": [rows[number] for number in held or fitting],
     }
     for name, part in parts.items():
         with open(manifest.parent / name, "w", encoding="utf-8", newline="") as file:
@@ -130,12 +129,27 @@ def split(manifest: Path) -> tuple[Path, Path]:
     return manifest.parent / "train.csv", manifest.parent / "validation.csv"
 
 
+def table(manifest: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows and the columns of a CSV file."""
+    with open(manifest, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader), list(reader.fieldnames or [])
+
+
 def usable(manifest: Path) -> list[int]:
     """Rows of a manifest that have a bucket in the VAE's config.
 
     Raises:
         DataError: there are none, with the census.
     """
+    # Here, because torch takes seconds to import and rendering needs none of it.
+    from opensora import config as configs
+    from opensora import zoo
+    from opensora.data import manifest as manifests
+    from opensora.data.assignment import BucketAssigner
+    from opensora.train.autoencoder import AutoencoderConfig
+    from opensora.train.config import TrainConfig
+
     config = configs.load(TrainConfig, CONFIGS / "vae.yaml")
     assert isinstance(config.task, AutoencoderConfig)
     stride = zoo.build_vae(config.task.vae).stride
@@ -143,13 +157,13 @@ def usable(manifest: Path) -> list[int]:
     assigner = BucketAssigner(
         rows, config.data.buckets, stride=stride, patch=(1, 1, 1), seed=config.seed
     )
-    return np.flatnonzero(assigner(0).bucket_of_row >= 0).tolist()
+    return [row for row, bucket in enumerate(assigner(0).bucket_of_row.tolist()) if bucket >= 0]
 
 
-def prompts_of(manifest: Path) -> list[str]:
-    """The distinct captions of a manifest, in order."""
-    with open(manifest, encoding="utf-8", newline="") as file:
-        return list(dict.fromkeys(row["text"] for row in csv.DictReader(file)))
+def prompts_of(manifest: Path, fitting: list[int]) -> list[str]:
+    """The distinct captions of the clips that fit, in order."""
+    rows, _ = table(manifest)
+    return list(dict.fromkeys(rows[number]["text"] for number in fitting))
 
 
 def run(stages: Iterator[Stage], output: Path) -> int:
