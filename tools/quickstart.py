@@ -39,20 +39,14 @@ def assign(key: str, value: object) -> str:
 
 
 def training(
-    output: Path, train: Path, validation: Path, *, workers: int = 0, changes: tuple[str, ...] = ()
+    output: Path, train: Path, validation: Path, changes: tuple[str, ...] = ()
 ) -> Iterator[Stage]:
-    """Train the VAE, encode, train the generator.
-
-    Args:
-        workers: processes that decode ahead for the VAE, worth it where files are large.
-        changes: to the generator's config.
-    """
+    """Train the VAE, encode, train the generator, whose config gets `changes`."""
     vae, latents = output / "vae", output / "latents"
     places = [
         assign("output", vae),
         assign("data.manifest", train),
         assign("data.validation", validation),
-        f"data.num_workers={workers}",
     ]
     yield Stage("train the VAE", ("train", f"{CONFIGS / 'vae.yaml'}", *places))
     for name, manifest in (("train", train), ("validation", validation)):
@@ -101,7 +95,7 @@ def footage(output: Path, videos: Path) -> Iterator[Stage]:
     prompts = prompts_of(manifest, fitting)
     quoted = json.dumps(prompts[:4], ensure_ascii=False)
     changes = (f"samples.prompts={quoted}",)
-    yield from training(output, train, validation, workers=1, changes=changes)
+    yield from training(output, train, validation, changes)
     text = output / "data" / "prompts.txt"
     text.write_text("\n".join(prompts[:16]) + "\n", encoding="utf-8")
     options = ("--file", f"{text}", "--output", f"{output / 'samples'}")
