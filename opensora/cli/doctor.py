@@ -45,6 +45,7 @@ def examine(folder: Path) -> list[Finding]:
         ("torch", _torch),
         ("processor", _processor),
         ("gpu", _gpu),
+        ("compiler", _compiler),
         ("video", _video),
         ("collectives", _collectives),
         ("disk", lambda: _disk(folder)),
@@ -87,6 +88,19 @@ def _gpu() -> Finding:
         return Finding("gpu", "note", "none; training runs on the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("gpu", "ok", f"{', '.join(names)}; CUDA {torch.version.cuda}")
+
+
+def _compiler() -> Finding:
+    """What compile=always, and compile=auto on a GPU, stand on."""
+    import torch
+
+    from opensora.engine import compiling
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lacking = compiling.missing(device)
+    if lacking:
+        return Finding("compiler", "note", f"training runs uncompiled for want of {lacking}")
+    return Finding("compiler", "ok", f"training can be compiled for {device.type}")
 
 
 def _video() -> Finding:

@@ -8,7 +8,7 @@ noise level, so given and generated frames are told apart by level alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -124,6 +124,9 @@ class Places:
 
 class STDiTBlock(nn.Module):
     """Self-attention over one axis, cross-attention, MLP; shift, scale and gate from the level."""
+
+    varying_dims: ClassVar = {"text": 1, "mask": 1}
+    """Arguments of `forward` whose length in this dim may be another one with every batch."""
 
     def __init__(self, config: STDiTConfig, *, temporal: bool):
         super().__init__()

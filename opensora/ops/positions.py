@@ -49,7 +49,7 @@ def sincos_2d(rows: Tensor, columns: Tensor, dim: int, *, max_period: float = 10
 
 
 def rotary_phases(positions: Tensor, dims: tuple[int, ...], *, theta: float = 10_000.0) -> Tensor:
-    """The rotary code (Su et al. 2021) over one or several axes, as unit complex numbers.
+    """The rotary code (Su et al. 2021) over one or several axes, as points of the unit circle.
 
     Args:
         positions: float (L, A), a token's place on each axis.
@@ -57,14 +57,14 @@ def rotary_phases(positions: Tensor, dims: tuple[int, ...], *, theta: float = 10
             sum do not turn.
 
     Returns:
-        complex64 (L, sum of dims / 2), one phase for each pair of features (2i, 2i + 1).
+        float32 (L, sum of dims / 2, 2), cosine and sine for each pair of features (2i, 2i + 1).
     """
     parts = []
     for axis, dim in enumerate(dims):
         exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
         parts.append(positions[:, axis].float()[:, None] * theta**-exponents)
     angles = torch.cat(parts, dim=-1)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(x: Tensor, phases: Tensor) -> Tensor:
@@ -72,10 +72,19 @@ def rotate(x: Tensor, phases: Tensor) -> Tensor:
 
     Computed in float32 or wider; the result has x's dtype.
     """
-    turning = 2 * phases.shape[-1]
+    turning = 2 * phases.shape[-2]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide[..., :turning].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(pairs * phases[:, None, :]).flatten(-2)
+    turned = turn(wide[..., :turning].unflatten(-1, (-1, 2)), phases[:, None]).flatten(-2)
     if turning < x.shape[-1]:
         turned = torch.cat([turned, wide[..., turning:]], dim=-1)
     return turned.to(x.dtype)
+
+
+def turn(pairs: Tensor, phases: Tensor) -> Tensor:
+    """The product of two tensors (..., 2) as complex numbers: one pass in eager mode, and plain
+    arithmetic for the compiler, which does not fuse complex numbers."""
+    if not torch.compiler.is_compiling():
+        product = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(phases)
+        return torch.view_as_real(product)
+    (a, b), (c, d) = pairs.unbind(-1), phases.unbind(-1)
+    return torch.stack([a * c - b * d, a * d + b * c], dim=-1)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from opensora import config as configs
 from opensora.config import Config
 from opensora.data.sources import DataConfig
+from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
 from opensora.engine.local import LocalConfig
 from opensora.errors import UsageError
@@ -87,6 +88,11 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of the model's arithmetic; auto takes bf16 where it is faster"
     )
+    compile: CompileChoice = Field(
+        default="auto",
+        description="torch.compile of the model's blocks: auto does on a GPU with Triton; on a CPU "
+        "with a C++ compiler 'always' wins back its minute in long runs",
+    )
     micro_batch: int | None = Field(
         default=None,
         ge=1,
@@ -113,6 +119,8 @@ class TrainConfig(Config):
     def _task_fits(self) -> TrainConfig:
         if self.task.kind == "autoencoder" and self.data.kind == "latents":
             raise ValueError("task autoencoder trains on clips: set data.kind=clips and a manifest")
+        if self.compile == "always" and self.task.kind == "autoencoder":
+            raise ValueError("compile=always is for the task text_to_video; leave it out here")
         if self.samples.every and self.task.kind != "text_to_video":
             raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
         return self

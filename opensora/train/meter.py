@@ -8,32 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from opensora.engine.flops import FlopCounter
 from opensora.train.tracking import peak_memory_bytes
 
 Output = TypeVar("Output")
-
-
-class FlopCounter(TorchDispatchMode):
-    """Adds up the FLOPs of what runs inside it, by torch's formulas, and changes nothing.
-
-    torch's own FlopCounterMode takes operators apart, which rounds some of them differently: a
-    resumed run, which counts again, would no longer be the uninterrupted one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        formula = flop_registry.get(function.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
 
 
 @dataclass
@@ -56,8 +35,20 @@ class Meter:
     _paused: float = 0.0
     _known: dict[tuple[int, ...], int] = field(default_factory=dict)
 
-    def counted(self, shape: tuple[int, ...], work: Callable[[], Output]) -> tuple[Output, int]:
-        """Do the work of a micro-batch of some shape; returns its FLOPs beside its output."""
+    def counted(
+        self,
+        shape: tuple[int, ...],
+        work: Callable[[], Output],
+        *,
+        rehearse: Callable[[], int] | None = None,
+    ) -> tuple[Output, int]:
+        """Do the work of a micro-batch of some shape; returns its FLOPs beside its output.
+
+        Args:
+            rehearse: counts without doing the work, where it cannot be watched (compiled code).
+        """
+        if shape not in self._known and rehearse is not None:
+            self._known[shape] = rehearse()
         if shape in self._known:
             return work(), self._known[shape]
         with FlopCounter() as counter:

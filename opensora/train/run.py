@@ -12,7 +12,8 @@ from opensora import __version__, runtime, zoo
 from opensora.data import sources
 from opensora.data.latents import open_cache
 from opensora.disk import preflight, replace_file
-from opensora.engine import checkpoint
+from opensora.engine import checkpoint, compiling
+from opensora.engine.compiling import CompileChoice
 from opensora.engine.local import LocalEngine
 from opensora.errors import UsageError
 from opensora.runtime import Runtime, log
@@ -71,6 +72,8 @@ def prepare(
     )
     log.info("%s", source.census)
     optimizers = optim.build(config.optim, task)
+    if config.compile == "always":
+        compiling.apply(task.blocks)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
     engine = LocalEngine(place, precision=precision)
     engine.wrap(task, optimizers)
@@ -102,7 +105,7 @@ def measure(place: Runtime) -> dict[str, float]:
 
 def settle(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> TrainConfig:
     """The config with every choice made that depends on the machine or on other runs."""
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"compile": _compile(config, place)}
     if config.precision == "auto":
         changes["precision"] = _precision(config, place, rates)
     if isinstance(config.task, TextToVideoConfig):
@@ -119,6 +122,16 @@ def _precision(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> 
     chosen = "bf16" if place.all_reduce(faster, "max").item() else "fp32"
     log.info("precision %s: bf16 %.0f, fp32 %.0f GFLOP/s", chosen, *_giga(rates))
     return chosen
+
+
+def _compile(config: TrainConfig, place: Runtime) -> CompileChoice:
+    """Whether to compile: as the run began, for a new run where every rank can."""
+    if config.task.kind == "autoencoder":
+        return "never"
+    if config.compile == "auto" and (begun := checkpoint.committed(config.output / "checkpoints")):
+        return checkpoint.read_config(begun[-1]).get("compile", "never")
+    able = all(place.gather_objects(compiling.choose(config.compile, place.device)))
+    return "always" if able else "never"
 
 
 def _giga(rates: dict[str, float]) -> tuple[float, float]:

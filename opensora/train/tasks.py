@@ -6,7 +6,7 @@ A task is a module whose children are trained and whose forward is the loss of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,18 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def shape(self, batch: Any) -> dict[str, Any]:
         """Pixel num_frames, height, width and fps of a batch's clips."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated parts of the model, which may be compiled; none by default."""
+        return ()
+
+    def flops(self, batch: Any) -> int:
+        """FLOPs of a step on a micro-batch, forward and backward, counted without doing it.
+
+        Tasks with `blocks` know them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} counts its FLOPs while it works")
 
     def frozen(self) -> dict[str, Tensor]:
         """Weights that are needed to use the result but are not trained; saved beside it."""

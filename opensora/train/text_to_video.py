@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from opensora import runtime, zoo
 from opensora.diffusion import masks, objective, timesteps
 from opensora.diffusion.masks import MaskConfig
 from opensora.engine import checkpoint
+from opensora.engine.flops import FlopCounter, rehearsal
 from opensora.engine.local import load_weights
 from opensora.errors import CheckpointError, UsageError
 from opensora.text.features import CachedEncoder
@@ -143,6 +146,32 @@ class TextToVideo(Task):
             "fps": float(batch.fps[0]),
         }
 
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.model.blocks
+
+    @torch.no_grad()
+    def flops(self, batch: LatentBatch | VideoBatch) -> int:
+        trained = "text" not in self._frozen
+        with FlopCounter() as text:
+            cond = self.condition(batch, [False] * len(batch))
+        with rehearsal(self.device) as (counter, stand_in), torch.enable_grad():
+            latents = torch.empty(len(batch), *self._latent_shape(batch))
+            if isinstance(batch, VideoBatch):
+                with torch.no_grad():
+                    zoo.build_vae(self.vae.config).encode(stand_in(batch.pixels).to(self.device))
+            # Where the text is trained, its features ask for gradients as they do in the step.
+            given = cond.map(stand_in)
+            given = replace(given, tokens=given.tokens.requires_grad_(trained))
+            model = zoo.build_denoiser(self.config.model, vae=self.vae, text=self.text_encoder)
+            model(latents, torch.empty(latents.shape[0], latents.shape[2]), given).sum().backward()
+        return counter.total + text.total * (3 if trained else 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.x_embedder.weight.device
+
     def forward(self, batch: LatentBatch | VideoBatch, step: int) -> StepLoss:
         latents = self.latents(batch)  # B C T H W
         frames, ids = latents.shape[2], batch.sample_ids
@@ -192,20 +221,18 @@ class TextToVideo(Task):
     @torch.no_grad()
     def latents(self, batch: LatentBatch | VideoBatch) -> Tensor:
         """Normalised latents of a batch on the model's device."""
-        device = self.model.x_embedder.weight.device
         if isinstance(batch, LatentBatch):
-            return batch.latents.to(device)
-        return self.vae.encode(batch.pixels.to(device))
+            return batch.latents.to(self.device)
+        return self.vae.encode(batch.pixels.to(self.device))
 
     def condition(self, batch: LatentBatch | VideoBatch, dropped: list[bool]) -> Condition:
         """Text features and clip facts, with some captions replaced by the null text."""
-        device = self.model.x_embedder.weight.device
         texts = [None if gone else text for text, gone in zip(batch.texts, dropped, strict=True)]
         cond = self._text_features(texts, getattr(batch, "features", None))
         shape = self.shape(batch)
         size = torch.tensor([[shape["height"], shape["width"]]]).expand(len(batch), 2)
-        fps, size = batch.fps.to(device), size.to(device, torch.float32)
-        return Condition(cond.tokens, cond.mask, cond.pooled, fps=fps, size=size).to(device)
+        fps, size = batch.fps.to(self.device), size.to(self.device, torch.float32)
+        return Condition(cond.tokens, cond.mask, cond.pooled, fps=fps, size=size).to(self.device)
 
     def _text_features(self, texts: list[str | None], cached: Condition | None) -> Condition:
         """Features of captions; those of a frozen encoder come from the cache where it has them."""

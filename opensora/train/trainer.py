@@ -155,7 +155,8 @@ class Trainer:
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
             work = partial(self.engine.backward, part, self.progress.step, last=last)
-            output, cost = self.meter.counted(tensor_shape(part), work)
+            rehearse = partial(self.task.flops, part) if self.config.compile == "always" else None
+            output, cost = self.meter.counted(tensor_shape(part), work, rehearse=rehearse)
             outputs.append(output)
             flops += cost
         return outputs, flops

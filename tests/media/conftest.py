@@ -8,11 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from media_support import numbered_frames
+from media_support import VIDEOS, numbered_frames
 
 from opensora.media.write import write_video
-
-VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "videos"
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 
+VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "videos"
 MPEG4 = {"qmin": "2", "qmax": "2", "g": "12"}
 
 

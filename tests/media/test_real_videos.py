@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from conftest import VIDEOS
+from media_support import VIDEOS
 
 from opensora.errors import DataError
 from opensora.media.probe import probe

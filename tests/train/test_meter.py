@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora.train.meter import FlopCounter, Meter, headline
+from opensora.engine.flops import FlopCounter
+from opensora.train.meter import Meter, headline
 
 CPU = torch.device("cpu")
 

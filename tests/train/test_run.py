@@ -47,6 +47,20 @@ def test_the_faster_precision_is_chosen_once(tmp_path):
     )
 
 
+def test_whether_to_compile_is_chosen_once(vae_run, tmp_path, monkeypatch):
+    config = tiny("stdit", tmp_path / "run", f'task.vae_from="{vae_run}"')
+    assert run.settle(config, ALONE, SLOW_BF16).compile == "never"  # auto, on a CPU
+    monkeypatch.setattr(run.compiling, "missing", lambda device: None)
+    asked = config.model_copy(update={"compile": "always"})
+    chosen = run.settle(asked, ALONE, SLOW_BF16)
+    assert chosen.compile == "always"
+    save_config(chosen)
+    assert run.settle(config, ALONE, SLOW_BF16).compile == "always"
+    assert run.settle(tiny("vae", tmp_path / "vae2"), ALONE, SLOW_BF16).compile == "never"
+    with pytest.raises(UsageError, match="compile=always is for the task text_to_video"):
+        tiny("vae", tmp_path / "vae2", "compile=always")
+
+
 def test_the_vae_of_another_run_is_written_into_the_config(vae_run, tmp_path):
     config = tiny("stdit", tmp_path / "run", f'task.vae_from="{vae_run}"')
     settled = run.settle(config, ALONE, SLOW_BF16)

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from train_support import ALONE, clips, fresh_task, latents, tiny
 
 from opensora.engine import checkpoint
+from opensora.engine.flops import FlopCounter
 from opensora.errors import UsageError
 from opensora.train.autoencoder import Autoencoder
 from opensora.train.text_to_video import TextToVideo
@@ -190,6 +191,23 @@ def test_the_identity_of_latents_names_the_vae_and_the_frozen_text(generator, wi
     # Features that this run will not use do not matter.
     cached = {"text": "anything"}
     assert generator.latent_identity(cached)["text"] == "anything"
+
+
+@pytest.mark.parametrize("frozen_text", [True, False])
+@pytest.mark.parametrize("pixels", [True, False])
+def test_rehearsed_flops_are_those_of_the_step(pixels, frozen_text, generator, with_frozen_text):
+    task = with_frozen_text[0] if frozen_text else generator
+    task.config = task.config.model_copy(update={"caption_dropout": 0.0})
+    batch = clips([0, 1, 2]) if pixels else latents([0, 1, 2])
+    task.condition(batch, [False] * 3)  # so that a frozen encoder has seen the captions
+    state = torch.get_rng_state()
+    rehearsed = task.flops(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    with FlopCounter() as counter:
+        task(batch, 0).total.backward()
+    # The text's backward is taken as twice its forward; its attention costs a little more.
+    assert rehearsed == pytest.approx(counter.total, rel=0.01)
+    assert all(p.device.type == "cpu" for p in task.parameters())
 
 
 def test_pixels_and_their_latents_are_the_same_step(tmp_path):

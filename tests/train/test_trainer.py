@@ -16,7 +16,7 @@ from train_support import (
     train_records,
 )
 
-from opensora.engine import checkpoint
+from opensora.engine import checkpoint, compiling
 from opensora.errors import DataError, StorageError
 from opensora.train.batches import split
 from opensora.train.tracking import read_records
@@ -50,6 +50,23 @@ def test_a_record_says_how_far_how_fast_and_how_well(tmp_path):
     # A linear layer of 3 inputs and 6 rows: forward, and the gradient of its weight.
     flops = records[0]["flops_per_second"] / records[0]["steps_per_second"]
     assert flops == pytest.approx(2 * 2 * 6 * 3)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_run_counts_its_flops_beforehand_and_learns_the_same(tmp_path):
+    records = {}
+    for choice in ("never", "always"):
+        trainer = make_trainer(
+            tiny("stdit", tmp_path / choice, f"compile={choice}", "steps=4", "log.every=1")
+        )
+        if choice == "always":
+            compiling.apply(trainer.task.blocks, backend="eager")
+        trainer.run()
+        records[choice] = train_records(tmp_path / choice)
+    for plain, compiled in zip(records["never"], records["always"], strict=True):
+        flops = [r["flops_per_second"] / r["steps_per_second"] for r in (plain, compiled)]
+        assert flops[1] == pytest.approx(flops[0], rel=0.01)
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
 def test_measurements_are_no_part_of_the_speed(tmp_path):
