@@ -23,6 +23,7 @@ from opensora.engine import compiling
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_TOKENS, TEXT_CHANNELS, CHANNELS = 32, 256, 16
 
 
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--diffusers", action="store_true", help="time diffusers' Latte as well")
     options = parser.parse_args()
@@ -171,8 +173,7 @@ def main() -> None:
             "shape": f"width {options.width}, {options.depth} pairs, {options.heads} heads",
             "compiled": options.compile,
             "machine": machine(device),
-            "fp32": measure(options, device, torch.float32),
-            "bf16": measure(options, device, torch.bfloat16),
+            **{name: measure(options, device, DTYPES[name]) for name in options.precisions},
         }
     )
 
