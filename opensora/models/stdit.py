@@ -7,6 +7,7 @@ noise level, so given and generated frames are told apart by level alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,6 +21,8 @@ from opensora.ops.attention import attend
 from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, normalise, patchify, unpatchify
 from opensora.ops.positions import rotary_phases, rotate, sincos_2d, sinusoid
 from opensora.types import Condition
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class STDiTConfig(Config):
@@ -85,7 +88,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, phases: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, phases: Tensor | None = None, attend: Attend = attend) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # N L 3 K d
         # Queries and keys go through norm and rotation together: half the passes over memory.
         weights = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)  # 2 1 d
@@ -115,11 +118,63 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens are: the grid of a frame, the window, and rotary phases of what attends."""
+    """Where tokens are, and how those of a temporal block see each other.
+
+    Attributes:
+        grid: tokens down and across a frame.
+        window: tokens down and across a window, (1, 1) for a single location.
+        phases: rotary phases of a window's tokens, frame by frame.
+        attend: `ops.attention.attend`, or one that knows which rank holds which frames.
+    """
 
     grid: tuple[int, int]
     window: tuple[int, int]
     phases: Tensor
+    attend: Attend = attend
+
+    @property
+    def num_windows(self) -> int:
+        return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
+
+    def by_window(self, x: Tensor) -> Tensor:
+        """(B, T, N, D), row by row, as (B, T, windows, tokens of a window, D)."""
+        return rearrange(
+            x,
+            "b t (i y j x) d -> b t (i j) (y x) d",
+            i=self.grid[0] // self.window[0],
+            y=self.window[0],
+            x=self.window[1],
+        )
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """The inverse of `by_window`."""
+        return rearrange(
+            x,
+            "b t (i j) (y x) d -> b t (i y j x) d",
+            i=self.grid[0] // self.window[0],
+            y=self.window[0],
+        )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What runs through the blocks.
+
+    Attributes:
+        tokens: (B, T, N, D) of the frames at hand.
+        text: (B, S, D).
+        mask: bool (B, S).
+        level: (B, T, D) of the same frames as `modulation`.
+        modulation: (B, T, 6, D) shared by the blocks; of all frames.
+        places: of the whole clip.
+    """
+
+    tokens: Tensor
+    text: Tensor
+    mask: Tensor
+    level: Tensor
+    modulation: Tensor
+    places: Places
 
 
 class STDiTBlock(nn.Module):
@@ -131,7 +186,7 @@ class STDiTBlock(nn.Module):
     def __init__(self, config: STDiTConfig, *, temporal: bool):
         super().__init__()
         width = config.width
-        self.temporal, self.window = temporal, config.window
+        self.temporal = temporal
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(width, config.num_heads)
         self.cross_attn = CrossAttention(width, config.num_heads)
@@ -147,38 +202,20 @@ class STDiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # B T 1 D each
         h = self._attend(modulate(self.norm1(x), shift1, scale1), places)
         x = torch.addcmul(x, gate1, h)
-        h = self.cross_attn(rearrange(x, "b t n d -> b (t n) d"), text, mask)
-        x = x + rearrange(h, "b (t n) d -> b t n d", t=x.shape[1])
+        h = self.cross_attn(x.flatten(1, 2), text, mask)  # B L D
+        x = x + h.view(x.shape)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def _attend(self, x: Tensor, places: Places) -> Tensor:
         """Self-attention over a frame, over time at one location, or over time in a window."""
         batch, frames = x.shape[:2]
         if not self.temporal:
-            x = self.attn(rearrange(x, "b t n d -> (b t) n d"))
-            return rearrange(x, "(b t) n d -> b t n d", t=frames)
-        if self.window is None:
-            x = self.attn(rearrange(x, "b t n d -> (b n) t d"), places.phases)
-            return rearrange(x, "(b n) t d -> b t n d", b=batch)
-        down, across = places.window
-        rows, columns = places.grid[0] // down, places.grid[1] // across
-        x = rearrange(
-            x,
-            "b t (i y j x) d -> (b i j) (t y x) d",
-            i=rows,
-            y=down,
-            j=columns,
-            x=across,
-        )
-        x = self.attn(x, places.phases)
-        return rearrange(
-            x,
-            "(b i j) (t y x) d -> b t (i y j x) d",
-            b=batch,
-            i=rows,
-            y=down,
-            x=across,
-        )
+            x = self.attn(x.flatten(0, 1))  # BT N D
+            return x.unflatten(0, (batch, frames))
+        x = places.by_window(x)  # B T W M D
+        x = self.attn(rearrange(x, "b t w m d -> (b w) (t m) d"), places.phases, places.attend)
+        size = places.window[0] * places.window[1]
+        return places.by_row(rearrange(x, "(b w) (t m) d -> b t w m d", b=batch, t=frames, m=size))
 
 
 class FinalLayer(nn.Module):
@@ -258,25 +295,44 @@ class STDiT(nn.Module):
         Returns:
             float (B, C, T, H, W), in the meaning that the objective gave it.
         """
-        batch, _, frames, height, width = x.shape
+        stream = self.enter(x, t, cond)
+        tokens = stream.tokens
+        for block in self.blocks:
+            tokens = block(tokens, stream.text, stream.mask, stream.modulation, stream.places)
+        return self.leave(tokens, stream.level, stream.places.grid)
+
+    def enter(
+        self, x: Tensor, t: Tensor, cond: Condition, *, frames: slice = slice(None)
+    ) -> Stream:
+        """What comes before the blocks.
+
+        Args:
+            x, t, cond: as in `forward`.
+            frames: those whose tokens are wanted; levels and places are the whole clip's.
+        """
+        batch, _, num_frames, height, width = x.shape
         _, down, across = self.config.patch
         if height % down or width % across:
             raise ValueError(
                 f"latents of {height}x{width} do not divide into patches of {down}x{across}"
             )
         grid = (height // down, width // across)
-        tokens = self.x_embedder(patchify(x, self.config.patch))  # B T N D
-        tokens = tokens + self._positions(frames, grid, x.device).to(tokens.dtype)
+        tokens = self.x_embedder(patchify(x[:, :, frames], self.config.patch))  # B T N D
+        positions = self._positions(num_frames, grid, x.device)
+        tokens = tokens + (positions[frames] if len(positions) > 1 else positions).to(tokens.dtype)
         if t.dim() == 1:
             t = t[:, None]
-        level = self.t_embedder(t.expand(batch, frames))  # B T D
+        level = self.t_embedder(t.expand(batch, num_frames))  # B T D
         level = level + self._context(cond).unsqueeze(1)  # B T D
-        shared = self.t_block(level).unflatten(-1, (6, -1))  # B T 6 D
+        modulation = self.t_block(level).unflatten(-1, (6, -1))  # B T 6 D
         text = self.y_embedder(cond.tokens.to(tokens.dtype))  # B S D
-        places = self._places(frames, grid, x.device)
-        for block in self.blocks:
-            tokens = block(tokens, text, cond.mask, shared, places)  # B T N D
-        return unpatchify(self.final_layer(tokens, level), self.config.patch, grid)  # B C T H W
+        places = self._places(num_frames, grid, x.device)
+        return Stream(tokens, text, cond.mask, level, modulation, places)
+
+    def leave(self, tokens: Tensor, level: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What comes after the blocks: (B, T, N, D) tokens and the (B, T, D) level of their frames
+        -> (B, C, T, H, W)."""
+        return unpatchify(self.final_layer(tokens, level), self.config.patch, grid)
 
     def _positions(self, frames: int, grid: tuple[int, int], device: torch.device) -> Tensor:
         """(T or 1, N, D); a larger picture spreads the same positions, as in PixArt (Chen et al.

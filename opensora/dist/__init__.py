@@ -1,0 +1,1 @@
+"""Work shared by ranks: the mesh, differentiable collectives, sequence parallelism."""

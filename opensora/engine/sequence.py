@@ -1,0 +1,161 @@
+"""Sequence parallelism applied to a model from outside: each rank has some frames of a clip.
+
+A plan says how a model's blocks run on sharded tokens. STDiT's spatial blocks need no exchange.
+Its temporal blocks see all frames of a window: with as many windows as ranks, frames are traded
+for windows and back, two exchanges for a pair of blocks (DSP, Zhao et al. 2024, arXiv 2403.10266);
+with fewer, the frames stay where they are and attention itself is shared (Ulysses, ring, or both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from opensora.dist.collectives import exchange, share, shares
+from opensora.dist.mesh import Layout, Mesh
+from opensora.dist.ulysses import SequenceGroups, attend_sharded
+from opensora.errors import UsageError
+from opensora.models.stdit import Places, STDiT
+from opensora.ops.attention import FlashBlock
+from opensora.types import Condition
+
+Sharing = Literal["auto", "attention"]
+Plan = Callable[[nn.Module, Tensor, Tensor, Condition, SequenceGroups, Sharing], Tensor]
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """How the clips of a run are shared.
+
+    Attributes:
+        mesh: the groups of ranks; None on one rank.
+        max_tokens: as in `ParallelConfig`.
+        sharing: 'auto' trades frames for windows where it can, 'attention' never does.
+    """
+
+    mesh: Mesh | None = None
+    max_tokens: int | None = None
+    sharing: Sharing = "auto"
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout() if self.mesh is None else self.mesh.layout
+
+    def degree(self, num_tokens: int) -> int:
+        """By how many ranks a training clip of so many tokens is shared."""
+        return self._layout.degree_for(num_tokens, self.max_tokens)
+
+    @property
+    def most(self) -> int:
+        """By how many ranks every other clip is shared, in validation."""
+        return self._layout.sequence
+
+    def groups(self, degree: int) -> SequenceGroups:
+        """The ranks that share a clip with this one."""
+        return SequenceGroups() if self.mesh is None else self.mesh.sequence(degree)
+
+    def frames(self, num_frames: int, degree: int) -> slice:
+        """This rank's frames of a clip."""
+        groups = self.groups(degree)
+        return share(num_frames, groups.rank, groups.size)
+
+    def run(self, model: nn.Module, x: Tensor, t: Tensor, cond: Condition, degree: int) -> Tensor:
+        """model(x, t, cond) for this rank's frames.
+
+        Args:
+            x, t, cond: of the whole clips, the same on every rank that shares them.
+
+        Returns:
+            float (B, C, this rank's frames, H, W). Gradients of parameters are this rank's share.
+        """
+        groups = self.groups(degree)
+        if groups.size == 1:
+            return model(x, t, cond)
+        return PLANS[type(model)](model, x, t, cond, groups, self.sharing)
+
+
+def _stdit(
+    model: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    cond: Condition,
+    groups: SequenceGroups,
+    sharing: Sharing,
+) -> Tensor:
+    assert isinstance(model, STDiT)
+    frames = shares(x.shape[2], groups.size)
+    mine = share(x.shape[2], groups.rank, groups.size)
+    stream = model.enter(x, t, cond, frames=mine)
+    trade = sharing == "auto" and stream.places.num_windows >= groups.size
+    run_temporal = _traded(stream.places, frames, groups) if trade else None
+    places = stream.places if trade else _shared(stream.places, frames, mine, groups)
+    modulation = stream.modulation[:, mine]
+    tokens = stream.tokens
+    for block in model.blocks:
+        if block.temporal and run_temporal is not None:
+            rest = (stream.text, stream.mask, stream.modulation)
+            tokens = run_temporal(partial(_call, block, rest), tokens)
+        else:
+            tokens = block(tokens, stream.text, stream.mask, modulation, places)
+    return model.leave(tokens, stream.level[:, mine], stream.places.grid)
+
+
+def _call(block: nn.Module, rest: tuple[Tensor, ...], tokens: Tensor, places: Places) -> Tensor:
+    return block(tokens, *rest, places)
+
+
+def _traded(
+    places: Places, frames: list[int], groups: SequenceGroups
+) -> Callable[[Callable[[Tensor, Places], Tensor], Tensor], Tensor]:
+    """Run a temporal block on all frames of this rank's windows."""
+    windows = shares(places.num_windows, groups.size)
+    down, across = places.window
+    # Windows below one another are a picture of the same kind.
+    local = replace(places, grid=(windows[groups.rank] * down, across))
+
+    def run(block: Callable[[Tensor, Places], Tensor], tokens: Tensor) -> Tensor:
+        x = places.by_window(tokens).flatten(3)  # B T' W (M D)
+        x = exchange(x, groups.flat, split=2, join=1, split_sizes=windows, join_sizes=frames)
+        x = rearrange(x, "b t w (m d) -> b t (w m) d", m=down * across)  # B T W'M D
+        x = rearrange(block(x, local), "b t (w m) d -> b t w (m d)", m=down * across)
+        x = exchange(x, groups.flat, split=1, join=2, split_sizes=frames, join_sizes=windows)
+        return places.by_row(x.unflatten(3, (down * across, -1)))  # B T' N D
+
+    return run
+
+
+def _shared(places: Places, frames: list[int], mine: slice, groups: SequenceGroups) -> Places:
+    """Temporal attention whose sequence is sharded frame by frame."""
+    size = places.window[0] * places.window[1]
+    attend = partial(
+        attend_sharded,
+        groups=groups,
+        block=FlashBlock(),
+        lengths=tuple(count * size for count in frames),
+    )
+    phases = places.phases.unflatten(0, (-1, size))[mine].flatten(0, 1)
+    return replace(places, phases=phases, attend=attend)
+
+
+PLANS: dict[type[nn.Module], Plan] = {STDiT: _stdit}
+
+
+def check(model: nn.Module, layout: Layout) -> None:
+    """Refuse what no plan covers.
+
+    Raises:
+        UsageError: the model has no plan, or tensor parallelism is asked for.
+    """
+    if layout.sequence > 1 and type(model) not in PLANS:
+        known = ", ".join(kind.__name__ for kind in PLANS)
+        raise UsageError(
+            f"{type(model).__name__} cannot share sequences: set parallel.ring=1 and "
+            f"parallel.ulysses=1, or use one of {known}"
+        )
+    if layout.tp > 1:
+        raise UsageError(f"parallel.tp={layout.tp}: no model here has a tensor-parallel plan yet")
