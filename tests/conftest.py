@@ -98,7 +98,7 @@ def _write_runs(world: World) -> None:
         loaded = config.load(TrainConfig, CONFIGS / "tiny" / f"{name}.yaml", overrides)
         loaded = settle(loaded, place, {"fp32": 1.0, "bf16": 1.0})
         task = build_task(loaded)
-        source = sources.open_source(loaded.data, needs_of(loaded, task), place, seed=0)
+        source = sources.open_source(loaded.data, needs_of(loaded, task), seed=0)
         if name == "vae":
             task.finish(source.validation(), place)
         snapshot = checkpoint.Snapshot(

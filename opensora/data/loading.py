@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from opensora.data.plan import Batch, Plan
+from opensora.data.plan import Batch, PartOf, Plan, whole
 from opensora.errors import OpensoraError, UsageError
 
 Item = TypeVar("Item")
@@ -33,34 +33,33 @@ def batches(
     plan: Plan,
     first_step: int = 0,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    part: PartOf = whole,
     num_steps: int | None = None,
     num_workers: int = 0,
     prefetch: int = 2,
     multiprocessing_context: str | None = None,
 ) -> Iterator[Item]:
-    """What one data-parallel rank sees at steps first_step, first_step + 1, ...
+    """What one rank sees at steps first_step, first_step + 1, ...
 
     Closing the iterator, or dropping it, ends the workers.
 
     Args:
-        rank, world_size: among the ranks that read different data.
+        part: which part of a bucket's batches this rank reads.
         num_steps: how many; None never ends.
         num_workers: processes that read ahead; 0 reads in this one.
         prefetch: batches that each worker keeps ready.
         multiprocessing_context: 'fork', 'spawn' or 'forkserver'; None is the platform's own.
 
     Raises:
-        UsageError: a number is negative, or a batch has fewer clips than there are ranks.
+        UsageError: a number is negative, or a batch has fewer clips than parts.
         DataError: as the dataset raises it, also out of a worker.
     """
     if first_step < 0 or num_workers < 0:
         raise UsageError(f"first_step={first_step}, num_workers={num_workers}: 0 is the least")
-    plan.check_world_size(world_size)
+    plan.check_parts(lambda bucket: part(bucket)[1])
     steps = itertools.count(first_step)
     chosen = steps if num_steps is None else itertools.islice(steps, num_steps)
-    requests = (plan.local(step, rank, world_size) for step in chosen)
+    requests = (plan.local(step, part) for step in chosen)
     return answers(
         dataset,
         requests,

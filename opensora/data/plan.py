@@ -12,6 +12,7 @@ so nothing is dropped or repeated to fill a batch. Within an epoch, batches of a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -24,6 +25,15 @@ from opensora.errors import UsageError
 from opensora.runtime import fractions
 
 NUM_SPARES = 8
+
+PartOf = Callable[[Bucket], tuple[int, int]]
+"""A bucket -> (index, count): which part of its batches a rank reads. Ranks that share every clip
+of a bucket read the same part."""
+
+
+def whole(bucket: Bucket) -> tuple[int, int]:
+    """One rank reads everything."""
+    return 0, 1
 
 
 class Assigner(Protocol):
@@ -94,21 +104,26 @@ class Plan:
         spares = members[(draws * len(members)).astype(np.int64)]
         return Batch(step, epoch, self.buckets[bucket], rows, spares)
 
-    def local(self, step: int, rank: int, world_size: int) -> Batch:
-        """The part of a step's batch that one data-parallel rank reads."""
-        return self.batch(step).part(rank, world_size)
+    def local(self, step: int, part: PartOf) -> Batch:
+        """The part of a step's batch that one rank reads."""
+        batch = self.batch(step)
+        return batch.part(*part(batch.bucket))
 
-    def check_world_size(self, world_size: int) -> None:
-        """Refuse more data-parallel ranks than a batch has clips.
+    def check_parts(self, count: Callable[[Bucket], int]) -> None:
+        """Refuse to cut a batch into more parts than it has clips.
+
+        Args:
+            count: into how many parts the batches of a bucket are cut.
 
         Raises:
             UsageError: naming the bucket.
         """
-        smallest = min(self.buckets, key=lambda bucket: bucket.batch_size)
-        if smallest.batch_size < world_size:
+        smallest = min(self.buckets, key=lambda bucket: bucket.batch_size / count(bucket))
+        if smallest.batch_size < count(smallest):
             raise UsageError(
                 f"the bucket {smallest.shape} has a batch size of {smallest.batch_size}, too few "
-                f"for {world_size} data-parallel ranks; raise its batch_size or the token_budget"
+                f"for {count(smallest)} data-parallel ranks; raise its batch_size or the "
+                "token_budget"
             )
 
     def first_step(self, epoch: int) -> int:

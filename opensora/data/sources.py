@@ -16,8 +16,7 @@ from opensora.data.buckets import BucketsConfig, Triple
 from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
 from opensora.data.latents import CachedAssigner, LatentDataset, open_cache
 from opensora.data.loading import BatchDataset, answers, batches
-from opensora.data.plan import Plan, once
-from opensora.runtime import Runtime
+from opensora.data.plan import PartOf, Plan, once, whole
 
 
 class ClipsSourceConfig(Config):
@@ -54,11 +53,15 @@ class Needs:
         stride: of the VAE, (time, height, width); clips must divide by it.
         patch: of the model, in latent positions.
         latents: identity of the encoder whose cached latents fit, or None.
+        part: which part of a bucket's training batches this rank reads.
+        validation_part: (index, count), which of the validation batches.
     """
 
     stride: Triple
     patch: Triple
     latents: dict[str, Any] | None
+    part: PartOf = whole
+    validation_part: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Source:
     _plan: Plan
     _dataset: BatchDataset[Any]
     _validation: tuple[BucketAssigner | CachedAssigner, BatchDataset[Any]] | None
-    _place: Runtime
+    _needs: Needs
     _num_workers: int
 
     def train(self, first_step: int) -> Iterator[Any]:
@@ -84,8 +87,7 @@ class Source:
             self._dataset,
             self._plan,
             first_step,
-            rank=self._place.rank,
-            world_size=self._place.world_size,
+            part=self._needs.part,
             num_workers=self._num_workers,
         )
 
@@ -98,14 +100,13 @@ class Source:
         if self._validation is None:
             return iter(())
         assigner, dataset = self._validation
-        share = once(assigner)[self._place.rank :: self._place.world_size]
-        return answers(dataset, iter(share))
+        index, count = self._needs.validation_part
+        return answers(dataset, iter(once(assigner)[index::count]))
 
 
 def open_source(
     config: ClipsSourceConfig | LatentsSourceConfig,
     needs: Needs,
-    place: Runtime,
     *,
     seed: int,
     quarantine: Path | None = None,
@@ -127,14 +128,14 @@ def open_source(
         assigner, dataset = _latents(config.cache, config, needs)
         held = config.validation and _latents(config.validation, config, needs)
     plan = Plan(assigner, seed=seed)
-    plan.check_world_size(place.world_size)
+    plan.check_parts(lambda bucket: needs.part(bucket)[1])
     return Source(
         assigner(0).census,
         plan.identity,
         plan,
         dataset,
         held or None,
-        place,
+        needs,
         config.num_workers,
     )
 

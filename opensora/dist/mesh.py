@@ -120,17 +120,6 @@ def resolve(config: ParallelConfig, world_size: int, *, shards: bool) -> Layout:
     return layout
 
 
-@dataclass(frozen=True)
-class DataShare:
-    """Which part of a step's samples a rank takes: part `index` of `count`.
-
-    Ranks that share a sequence take the same part.
-    """
-
-    index: int
-    count: int
-
-
 class Mesh:
     """This rank's place in a layout, and the process groups through it.
 
@@ -170,10 +159,11 @@ class Mesh:
         """The ranks that share a sequence with this one at some degree."""
         return self._groups.get(degree, SequenceGroups())
 
-    def data_share(self, degree: int) -> DataShare:
-        """Which samples this rank takes when sequences are shared by `degree` ranks."""
+    def part(self, degree: int) -> tuple[int, int]:
+        """(index, count): which part of a step's samples this rank takes when every clip is shared
+        by `degree` ranks; those take the same part."""
         together = degree * self.layout.tp
-        return DataShare(self.rank // together, self.layout.world_size // together)
+        return self.rank // together, self.layout.world_size // together
 
     @cached_property
     def device_mesh(self) -> Any:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from opensora import config as configs
 from opensora.config import Config
 from opensora.data.sources import DataConfig
+from opensora.dist.mesh import ParallelConfig
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
 from opensora.engine.local import LocalConfig
@@ -28,6 +29,7 @@ FREE_TO_CHANGE = (
     "output",
     "device",
     "threads",
+    "parallel",
     "log",
     "checkpoint",
     "samples",
@@ -105,6 +107,9 @@ class TrainConfig(Config):
     optim: OptimConfig = MuonConfig()
     ema: EMAConfig | None = PowerEMAConfig()
     engine: LocalConfig = LocalConfig()
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="how the ranks of torchrun share the work"
+    )
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

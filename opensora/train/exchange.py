@@ -28,6 +28,7 @@ class Totals:
         count: how many units those are.
         tokens: that the model saw.
         replaced: samples that stood in for unreadable ones.
+        flops: of forward and backward.
         metrics: means by name.
         asked: what any rank was asked for.
     """
@@ -36,12 +37,19 @@ class Totals:
     count: float
     tokens: float
     replaced: float
+    flops: float
     metrics: dict[str, float]
     asked: Asked
 
 
 def exchange(
-    outputs: Sequence[StepLoss], runtime: Runtime, *, tokens: int, replaced: int, asked: Asked
+    outputs: Sequence[StepLoss],
+    runtime: Runtime,
+    *,
+    tokens: int,
+    replaced: float,
+    flops: float,
+    asked: Asked,
 ) -> Totals:
     """Add up the outputs of this rank's micro-batches and those of the other ranks.
 
@@ -51,14 +59,16 @@ def exchange(
     pairs = [pair for o in outputs for pair in ((o.total, o.count), *(o.metrics[n] for n in names))]
     flat = torch.stack([value.detach().float() for pair in pairs for value in pair])
     sums = flat.cpu().double().view(len(outputs), -1, 2).sum(0)  # rows 2
-    extra = torch.tensor([[tokens, replaced], [asked.stop, asked.save]], dtype=torch.float64)
+    counts = [[tokens, replaced], [asked.stop, asked.save], [flops, 0.0]]
+    extra = torch.tensor(counts, dtype=torch.float64)
     table = runtime.all_reduce(torch.cat([sums, extra])).tolist()
-    (loss, count), *metrics, (tokens_, replaced_), (stop, save) = table
+    (loss, count), *metrics, (tokens_, replaced_), (stop, save), (flops_, _) = table
     return Totals(
         loss=loss / max(1.0, count),
         count=count,
         tokens=tokens_,
         replaced=replaced_,
+        flops=flops_,
         metrics={name: mean(*pair) for name, pair in zip(names, metrics, strict=True)},
         asked=Asked(stop > 0, save > 0),
     )

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from opensora import __version__, runtime, zoo
 from opensora.data import sources
 from opensora.data.latents import open_cache
+from opensora.data.plan import PartOf, whole
 from opensora.disk import preflight, replace_file
-from opensora.engine import checkpoint, compiling
+from opensora.dist import mesh
+from opensora.engine import checkpoint, compiling, sequence
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.local import LocalEngine
+from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
 from opensora.runtime import Runtime, log
 from opensora.train import optim
@@ -63,10 +67,10 @@ def prepare(
     rates = measure(place)
     config = settle(config, place, rates)
     task = build_task(config).to(place.device)
+    parts = share_work(config, task, place)
     source = sources.open_source(
         config.data,
-        needs_of(config, task),
-        place,
+        needs_of(config, task, parts),
         seed=config.seed,
         quarantine=config.output / "quarantine.csv",
     )
@@ -152,15 +156,49 @@ def build_task(config: TrainConfig) -> Task:
         return TextToVideo(config.task, vae=vae, text=text, seed=config.seed)
 
 
-def needs_of(config: TrainConfig, task: Task) -> sources.Needs:
+@dataclass(frozen=True)
+class Parts:
+    """Which samples this rank reads: those of a training bucket, and of validation batches."""
+
+    training: PartOf = whole
+    validation: tuple[int, int] = (0, 1)
+
+
+ALONE = Parts()
+
+
+def share_work(config: TrainConfig, task: Task, place: Runtime) -> Parts:
+    """Lay the ranks out as the config says, tell the task, and say what this rank reads.
+
+    Raises:
+        UsageError: the axes do not fit the ranks, or the model cannot be shared so.
+    """
+    layout = mesh.resolve(config.parallel, place.world_size, shards=False)
+    alone = not isinstance(task, TextToVideo)
+    if alone and layout.sequence * layout.tp > 1:
+        raise UsageError("parallel.ring, ulysses and tp are for the task text_to_video")
+    if place.world_size == 1:
+        return Parts()
+    ranks = mesh.Mesh(layout, place.rank, place.device.type)
+    shared = SequenceParallel(ranks, config.parallel.max_tokens)
+    if isinstance(task, TextToVideo):
+        sequence.check(task.model, layout)
+        task.sequence = shared
+    return Parts(
+        lambda bucket: ranks.part(shared.degree(bucket.num_tokens)), ranks.part(shared.most)
+    )
+
+
+def needs_of(config: TrainConfig, task: Task, parts: Parts = ALONE) -> sources.Needs:
     """What a task asks of its data: how clips must divide, and which latents it takes."""
+    shares = (parts.training, parts.validation)
     if not isinstance(task, TextToVideo):
         assert isinstance(task, Autoencoder)
-        return sources.Needs(task.vae.stride, (1, 1, 1), None)
+        return sources.Needs(task.vae.stride, (1, 1, 1), None, *shares)
     identity = None
     if isinstance(config.data, sources.LatentsSourceConfig):
         identity = task.latent_identity(open_cache(config.data.cache).identity)
-    return sources.Needs(task.vae.stride, task.config.model.patch, identity)
+    return sources.Needs(task.vae.stride, task.config.model.patch, identity, *shares)
 
 
 def _bytes_to_save(task: Task) -> int:

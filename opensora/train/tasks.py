@@ -51,7 +51,11 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def tokens(self, batch: Any) -> int:
-        """How many tokens the model sees for a batch, for throughput."""
+        """How many tokens the model sees for a batch on this rank, for throughput."""
+
+    def sharing(self, batch: Any) -> int:
+        """How many ranks work on the same samples."""
+        return 1
 
     @abstractmethod
     def shape(self, batch: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from opensora.diffusion.masks import MaskConfig
 from opensora.engine import checkpoint
 from opensora.engine.flops import FlopCounter, rehearsal
 from opensora.engine.local import load_weights
+from opensora.engine.sequence import SequenceParallel
 from opensora.errors import CheckpointError, UsageError
 from opensora.text.features import CachedEncoder
 from opensora.train.tasks import StepLoss, Sums, Task
@@ -93,6 +94,7 @@ class TextToVideo(Task):
         self.config, self.seed = config, seed
         self.model = zoo.build_denoiser(config.model, vae=vae, text=text)
         self.process = objective.build(config.objective)
+        self.sequence = SequenceParallel()
         # Frozen parts stay out of the module tree: they are neither optimised nor averaged.
         self._frozen: dict[str, Any] = {"vae": vae}
         if text.trainable:
@@ -134,7 +136,17 @@ class TextToVideo(Task):
 
     def tokens(self, batch: LatentBatch | VideoBatch) -> int:
         shape = self._latent_shape(batch)
-        return len(batch) * shape[1] * self._tokens_per_frame(shape)
+        frames = self.sequence.frames(shape[1], self.sharing(batch))
+        return len(batch) * (frames.stop - frames.start) * self._tokens_per_frame(shape)
+
+    def sharing(self, batch: LatentBatch | VideoBatch) -> int:
+        return self._degree(self._latent_shape(batch))
+
+    def _degree(self, latent_shape: tuple[int, ...]) -> int:
+        """How many ranks share a clip; in validation all that may."""
+        if not self.training:
+            return self.sequence.most
+        return self.sequence.degree(latent_shape[1] * self._tokens_per_frame(latent_shape))
 
     def shape(self, batch: LatentBatch | VideoBatch) -> dict[str, Any]:
         _, frames, height, width = self._latent_shape(batch)
@@ -165,7 +177,7 @@ class TextToVideo(Task):
             given = replace(given, tokens=given.tokens.requires_grad_(trained))
             model = zoo.build_denoiser(self.config.model, vae=self.vae, text=self.text_encoder)
             model(latents, torch.empty(latents.shape[0], latents.shape[2]), given).sum().backward()
-        return counter.total + text.total * (3 if trained else 1)
+        return counter.total // self.sharing(batch) + text.total * (3 if trained else 1)
 
     @property
     def device(self) -> torch.device:
@@ -189,17 +201,23 @@ class TextToVideo(Task):
         dropped = draw("caption")[:, 0] < self.config.caption_dropout
         cond = self.condition(batch, dropped.tolist())
         device = latents.device
-        loss = self._loss(latents, noise.to(device), levels.to(device), cond)  # B T
-        counts = (~given).to(device, loss.dtype)
+        loss, frames = self._loss(latents, noise.to(device), levels.to(device), cond)  # B T
+        counts = (~given[:, frames]).to(device, loss.dtype)
         per_sample = (loss * counts).sum(1) / counts.sum(1).clamp(min=1)
         total = (loss * counts).sum()
         metrics = {"loss": (total.detach(), counts.sum())}
         return StepLoss(total, counts.sum(), per_sample.detach(), metrics)
 
-    def _loss(self, latents: Tensor, noise: Tensor, levels: Tensor, cond: Condition) -> Tensor:
+    def _loss(
+        self, latents: Tensor, noise: Tensor, levels: Tensor, cond: Condition
+    ) -> tuple[Tensor, slice]:
+        """(B, T) of this rank's frames, and which those are."""
+        degree = self._degree(tuple(latents.shape[1:]))
+        frames = self.sequence.frames(latents.shape[2], degree)
         noisy = self.process.corrupt(latents, noise, levels)
-        prediction = self.model(noisy, levels, cond)
-        return self.process.loss_per_frame(prediction, latents, noise, levels)
+        prediction = self.sequence.run(self.model, noisy, levels, cond, degree)
+        data, noise = latents[:, :, frames], noise[:, :, frames]
+        return self.process.loss_per_frame(prediction, data, noise, levels[:, frames]), frames
 
     @torch.no_grad()
     def validation(self, batch: LatentBatch | VideoBatch) -> Sums:
@@ -211,7 +229,7 @@ class TextToVideo(Task):
         for k in range(VALIDATION_LEVELS):
             level = (k + 0.5) / VALIDATION_LEVELS
             levels = torch.full((len(batch), latents.shape[2]), level, device=latents.device)
-            loss = self._loss(latents, noise.to(latents.device), levels, cond)
+            loss, _ = self._loss(latents, noise.to(latents.device), levels, cond)
             pair = (loss.sum(), loss.new_tensor(float(loss.numel())))
             sums[f"loss/level_{level:.2f}"] = pair
             before = sums.get("loss", (loss.new_zeros(()), loss.new_zeros(())))

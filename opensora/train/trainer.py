@@ -125,10 +125,11 @@ class Trainer:
             outputs,
             self.runtime,
             tokens=sum(self.task.tokens(part) for part in parts),
-            replaced=getattr(batch, "replaced", 0),
+            replaced=getattr(batch, "replaced", 0) / self.task.sharing(batch),
+            flops=flops,
             asked=self.requests.take(),
         )
-        self.meter.add(tokens=totals.tokens, flops=flops * self.runtime.world_size)
+        self.meter.add(tokens=totals.tokens, flops=totals.flops)
         reasons: list[str | None] = []
 
         def accept(norm: float) -> bool:

@@ -107,3 +107,8 @@ def make_job(tmp_path, num_rows=11, **changes) -> EncodeJob:
         options["identity"],
         options["config"],
     )
+
+
+def part_of(rank: int, world_size: int):
+    """What one of so many data-parallel ranks reads of every bucket."""
+    return lambda bucket: (rank, world_size)

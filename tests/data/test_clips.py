@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from data_support import FakeRead, assign, buckets, make_manifest, write_clip
+from data_support import FakeRead, assign, buckets, make_manifest, part_of, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +145,7 @@ def test_an_unreadable_clip_is_named_counted_and_always_replaced_alike(tmp_path,
         ]
         for step in range(16):
             parts = [
-                dataset[plan.local(step, rank, world_size)]
+                dataset[plan.local(step, part_of(rank, world_size))]
                 for rank, (dataset, plan) in enumerate(ranks)
             ]
             got.append(torch.cat([part.sample_ids for part in parts]).tolist())
@@ -231,8 +231,7 @@ def test_ranks_and_workers_together_read_the_global_batches(
                 dataset,
                 plan,
                 first,
-                rank=rank,
-                world_size=world_size,
+                part=part_of(rank, world_size),
                 num_steps=3,
                 num_workers=num_workers,
             )
@@ -285,6 +284,6 @@ def test_what_one_worker_found_unreadable_the_others_know(tmp_path):
 
 def test_impossible_requests_are_refused_at_once(tmp_path):
     dataset, plan = pipeline(tmp_path, 30, read=FakeRead())
-    for wrong in ({"first_step": -1}, {"num_workers": -1}, {"world_size": 5}):
+    for wrong in ({"first_step": -1}, {"num_workers": -1}, {"part": lambda bucket: (0, 5)}):
         with pytest.raises(UsageError):
             batches(dataset, plan, **wrong)

@@ -118,6 +118,35 @@ def outcome(action: Any) -> dict[str, Any]:
     return {"error": None}
 
 
+def ulysses(output: Path, place: Runtime) -> Any:
+    """Every clip is shared by two ranks, who trade frames for places."""
+    return training(output, place, "stdit", f"parallel.ulysses={min(2, place.world_size)}")
+
+
+def ring(output: Path, place: Runtime) -> Any:
+    """The same, where all frames and places are one window and keys travel."""
+    degree = f"parallel.ring={min(2, place.world_size)}"
+    return training(output, place, "stdit", degree, "task.model.window=[8, 8]")
+
+
+def both(output: Path, place: Runtime) -> Any:
+    """Four ranks share each clip of two frames, so two of them have none."""
+    degrees = ["parallel.ulysses=2", "parallel.ring=2"] if place.world_size == 4 else []
+    return training(output, place, "stdit", *degrees, "task.model.window=[8, 8]")
+
+
+def short_clips(output: Path, place: Runtime) -> Any:
+    """Ranks could share clips, but these are short enough for one."""
+    degree = f"parallel.ulysses={place.world_size}"
+    return training(output, place, "stdit", degree, "parallel.max_tokens=8")
+
+
+def shards_of_data(output: Path, place: Runtime) -> Any:
+    """On four ranks, two pairs; clips of 8 tokens are above what one rank takes."""
+    degree = f"parallel.ulysses={min(2, place.world_size)}"
+    return training(output, place, "stdit", degree, "parallel.max_tokens=4", "micro_batch=2")
+
+
 SCENARIOS = (
     autoencoder,
     text_to_video,
@@ -128,12 +157,16 @@ SCENARIOS = (
     gives_up,
     signals,
     full_disk,
+    ulysses,
+    ring,
+    short_clips,
 )
+ON_FOUR = (ulysses, ring, both, short_clips, shards_of_data)
 
 
 def main(output: Path) -> None:
     place = runtime.start("cpu", timeout_seconds=120)
-    for scenario in SCENARIOS:
+    for scenario in ON_FOUR if place.world_size == 4 else SCENARIOS:
         found = scenario(output / scenario.__name__, place)
         disk.replace_file(
             output / f"{scenario.__name__}-{place.rank}.json", json.dumps(found).encode()

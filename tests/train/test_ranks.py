@@ -5,6 +5,7 @@ about 1e-7 of its size and the runs are a few steps long, so losses agree to 1e-
 are of size 1 and less, to 1e-5 (a wrong factor of the gradient shows at 1e-2).
 """
 
+import itertools
 import json
 import os
 import socket
@@ -56,15 +57,14 @@ def launch(script: Path, *arguments: str, count: int = 2) -> None:
 
 
 class Outcome:
-    """What the two ranks of one launch left."""
+    """What the ranks of one launch left."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, count: int = 2):
+        self.folder, self.count = folder, count
 
     def of(self, scenario: str) -> list:
-        return [
-            json.loads((self.folder / f"{scenario}-{rank}.json").read_text()) for rank in (0, 1)
-        ]
+        files = [self.folder / f"{scenario}-{rank}.json" for rank in range(self.count)]
+        return [json.loads(file.read_text()) for file in files]
 
     def run(self, scenario: str) -> Path:
         return self.folder / scenario
@@ -80,9 +80,20 @@ def two(tmp_path_factory) -> Outcome:
     return Outcome(folder)
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Outcome:
+    """The scenarios of shared clips on four ranks."""
+    folder = tmp_path_factory.mktemp("four-ranks")
+    launch(Path(ranks.__file__), str(folder), count=4)
+    return Outcome(folder, 4)
+
+
 def merged(parts: list) -> list:
-    """(step, rows) over both ranks, which hand out in one order."""
-    return [(a[0], a[1] + b[1]) for a, b in zip(*parts, strict=True)]
+    """(step, rows) over the ranks, which hand out in one order."""
+    return [
+        (seen[0][0], list(itertools.chain(*(rows for _, rows in seen))))
+        for seen in zip(*parts, strict=True)
+    ]
 
 
 def assert_equal_runs(one: Path, two: Path, rows: list, parts: list) -> None:
@@ -105,6 +116,36 @@ def assert_equal_runs(one: Path, two: Path, rows: list, parts: list) -> None:
 def test_two_ranks_train_as_one(scenario, two, tmp_path):
     rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+@pytest.mark.parametrize("scenario", ["ulysses", "ring"])
+def test_two_ranks_that_share_every_clip_train_as_one(scenario, two, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    first, second = two.of(scenario)
+    assert first == second
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, [first])
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_short_clips_are_not_shared(degree, two, four, tmp_path):
+    rows = ranks.short_clips(tmp_path / "one", ALONE)
+    found = two if degree == 2 else four
+    assert_equal_runs(tmp_path / "one", found.run("short_clips"), rows, found.of("short_clips"))
+
+
+@pytest.mark.parametrize("scenario", ["ulysses", "ring", "shards_of_data"])
+def test_two_pairs_of_four_ranks_train_as_one(scenario, four, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    seen = four.of(scenario)
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert_equal_runs(tmp_path / "one", four.run(scenario), rows, seen[::2])
+
+
+def test_four_ranks_that_share_two_frames_train_as_one(four, tmp_path):
+    rows = ranks.both(tmp_path / "one", ALONE)
+    seen = four.of("both")
+    assert all(part == seen[0] for part in seen)
+    assert_equal_runs(tmp_path / "one", four.run("both"), rows, seen[:1])
 
 
 def test_micro_batches_of_uneven_ranks_are_the_whole_batch(two, tmp_path):

@@ -20,13 +20,14 @@ from opensora import config as configs
 from opensora import runtime, zoo
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
+from opensora.data.buckets import Bucket
 from opensora.engine import checkpoint
 from opensora.engine.local import LocalEngine
 from opensora.runtime import Runtime
 from opensora.train import optim
 from opensora.train.autoencoder import AutoencoderConfig
 from opensora.train.config import TrainConfig
-from opensora.train.run import build_task
+from opensora.train.run import Parts, build_task, share_work
 from opensora.train.tasks import StepLoss, Sums, Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig
 from opensora.train.tracking import read_records
@@ -64,9 +65,11 @@ class MemorySource:
 
     Attributes:
         seen: (step, rows) of every training batch that was handed out.
+        parts: what this rank reads.
     """
 
     identity = "memory"
+    bucket = Bucket("32px", 5, 32, 32, 6, 8)
 
     def __init__(
         self,
@@ -80,10 +83,11 @@ class MemorySource:
         self.validation_sizes = validation_sizes
         self.has_validation = bool(validation_sizes)
         self.seen: list[tuple[int, list[int]]] = []
+        self.parts = Parts()
 
     def train(self, first_step: int) -> Iterator[Any]:
-        rank, ranks, size = self.place.rank, self.place.world_size, self.batch_size
-        step = first_step
+        size, step = self.batch_size, first_step
+        rank, ranks = self.parts.training(self.bucket)
         while True:
             rows = rows_of(step, size)[rank * size // ranks : (rank + 1) * size // ranks]
             self.seen.append((step, rows))
@@ -93,7 +97,8 @@ class MemorySource:
     def validation(self) -> Iterator[Any]:
         edges = np.cumsum([0, *self.validation_sizes])
         batches = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
-        for rows in batches[self.place.rank :: self.place.world_size]:
+        index, count = self.parts.validation
+        for rows in batches[index::count]:
             yield self.collate(rows, None)
 
 
@@ -151,6 +156,7 @@ def make_trainer(
     source = source or MemorySource(
         collate, place, batch_size=batch_size, validation_sizes=validation_sizes
     )
+    source.parts = share_work(config, task, place)
     return Trainer(config, runtime=place, task=task, engine=engine, source=source, **options)
 
 

@@ -31,7 +31,7 @@ def clips_per_second(manifest: Path, workers: int, batches: int) -> float:
     )
     config = sources.ClipsSourceConfig(manifest=manifest, buckets=buckets, num_workers=workers)
     needs = sources.Needs(stride=(4, 8, 8), patch=(1, 1, 1), latents=None)
-    stream = sources.open_source(config, needs, PLACE, seed=0).train(0)
+    stream = sources.open_source(config, needs, seed=0).train(0)
     next(stream)
     began = time.perf_counter()
     count = sum(len(next(stream)) for _ in range(batches))
