@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opensora.config import Config
+from opensora.dist.sharded import local, placed, whole
 from opensora.errors import CheckpointError
 
 
@@ -50,12 +51,14 @@ class EMA:
         self.config = config
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.averages = {n: p.detach().float().clone() for n, p in self.parameters.items()}
+        # The parts at hand: averaging needs no other rank.
+        self._parts = [local(a) for a in self.averages.values()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the averages towards the weights after update number `step`."""
-        weights = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - self.config.decay_at(step))
+        weights = [local(p.detach()).float() for p in self.parameters.values()]
+        torch._foreach_lerp_(self._parts, weights, 1 - self.config.decay_at(step))
 
     @contextmanager
     @torch.no_grad()
@@ -71,7 +74,8 @@ class EMA:
                 p.copy_(kept[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.averages)
+        """The full averages by name. Collective where they are sharded."""
+        return {name: whole(average) for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -88,4 +92,4 @@ class EMA:
                 f"'{differing[0][0]}'; resume with the config that wrote it"
             )
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            average.copy_(placed(state[name], average))

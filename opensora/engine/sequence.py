@@ -25,7 +25,7 @@ from opensora.ops.attention import FlashBlock
 from opensora.types import Condition
 
 Sharing = Literal["auto", "attention"]
-Plan = Callable[[nn.Module, Tensor, Tensor, Condition, SequenceGroups, Sharing], Tensor]
+Plan = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ class SequenceParallel:
         groups = self.groups(degree)
         if groups.size == 1:
             return model(x, t, cond)
-        return PLANS[type(model)](model, x, t, cond, groups, self.sharing)
+        plan = next(plan for kind, plan in PLANS.items() if isinstance(model, kind))
+        return model(x, t, cond, plan=partial(plan, groups=groups, sharing=self.sharing))
 
 
 def _stdit(
-    model: nn.Module,
+    model: STDiT,
     x: Tensor,
     t: Tensor,
     cond: Condition,
     groups: SequenceGroups,
     sharing: Sharing,
 ) -> Tensor:
-    assert isinstance(model, STDiT)
     frames = shares(x.shape[2], groups.size)
     mine = share(x.shape[2], groups.rank, groups.size)
     stream = model.enter(x, t, cond, frames=mine)
@@ -151,7 +151,7 @@ def check(model: nn.Module, layout: Layout) -> None:
     Raises:
         UsageError: the model has no plan, or tensor parallelism is asked for.
     """
-    if layout.sequence > 1 and type(model) not in PLANS:
+    if layout.sequence > 1 and not isinstance(model, tuple(PLANS)):
         known = ", ".join(kind.__name__ for kind in PLANS)
         raise UsageError(
             f"{type(model).__name__} cannot share sequences: set parallel.ring=1 and "

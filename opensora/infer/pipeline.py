@@ -24,7 +24,7 @@ from opensora.diffusion.process import Process
 from opensora.diffusion.samplers import SAMPLERS
 from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
-from opensora.engine.local import load_weights
+from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE

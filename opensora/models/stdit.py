@@ -23,6 +23,7 @@ from opensora.ops.positions import rotary_phases, rotate, sincos_2d, sinusoid
 from opensora.types import Condition
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Plan = Callable[["STDiT", Tensor, Tensor, Condition], Tensor]
 
 
 class STDiTConfig(Config):
@@ -284,17 +285,21 @@ class STDiT(nn.Module):
         pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
         return [block for pair in pairs for block in pair]
 
-    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Condition, *, plan: Plan | None = None) -> Tensor:
         """Predict from noisy latents.
 
         Args:
             x: float (B, C, T, H, W).
             t: float (B, T) or (B,), noise levels in [0, 1]; 0 marks a frame as given.
             cond: text tokens (B, S, text_channels) with their mask, pooled text, fps, size.
+            plan: runs `enter`, the blocks and `leave` in another way, such as on several ranks,
+                and returns what that is to return.
 
         Returns:
             float (B, C, T, H, W), in the meaning that the objective gave it.
         """
+        if plan is not None:
+            return plan(self, x, t, cond)
         stream = self.enter(x, t, cond)
         tokens = stream.tokens
         for block in self.blocks:

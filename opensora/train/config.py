@@ -15,6 +15,7 @@ from opensora.data.sources import DataConfig
 from opensora.dist.mesh import ParallelConfig
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
+from opensora.engine.engines import EngineConfig
 from opensora.engine.local import LocalConfig
 from opensora.errors import UsageError
 from opensora.train.autoencoder import AutoencoderConfig
@@ -29,6 +30,8 @@ FREE_TO_CHANGE = (
     "output",
     "device",
     "threads",
+    "engine",
+    "engine.kind",
     "parallel",
     "log",
     "checkpoint",
@@ -106,7 +109,7 @@ class TrainConfig(Config):
     data: DataConfig
     optim: OptimConfig = MuonConfig()
     ema: EMAConfig | None = PowerEMAConfig()
-    engine: LocalConfig = LocalConfig()
+    engine: EngineConfig = LocalConfig()
     parallel: ParallelConfig = Field(
         default=ParallelConfig(), description="how the ranks of torchrun share the work"
     )

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opensora.config import Config
+from opensora.dist.sharded import placed, whole
 
 
 class ScheduleConfig(Config):
@@ -106,7 +107,8 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[tuple, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[(p.shape[0], p[0].numel(), p.dtype, p.device)].append(p)
+                    columns = p.numel() // p.shape[0]
+                    shapes[(p.shape[0], columns, p.dtype, p.device)].append(p)
             for members in shapes.values():
                 self._update(members, group)
 
@@ -119,13 +121,14 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-            updates.append(grad.lerp(buffer, momentum).flatten(1))
+            # A sharded matrix is gathered: its singular values are not those of its parts.
+            updates.append(whole(grad.lerp(buffer, momentum)).flatten(1))
         stack = orthogonalise(torch.stack(updates), group["steps"])
         rows, columns = stack.shape[-2:]
         scale = group["lr"] * max(1.0, rows / columns) ** 0.5
         for p, update in zip(members, stack, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view_as(p), alpha=-scale)
+            p.add_(placed(update.view(p.shape), p), alpha=-scale)
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,10 +15,10 @@ from opensora.data import sources
 from opensora.data.latents import open_cache
 from opensora.data.plan import PartOf, whole
 from opensora.disk import preflight, replace_file
-from opensora.dist import mesh
-from opensora.engine import checkpoint, compiling, sequence
+from opensora.dist.mesh import Mesh
+from opensora.dist.mesh import resolve as resolve_layout
+from opensora.engine import checkpoint, compiling, engines, sequence
 from opensora.engine.compiling import CompileChoice
-from opensora.engine.local import LocalEngine
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
 from opensora.runtime import Runtime, log
@@ -67,20 +68,19 @@ def prepare(
     rates = measure(place)
     config = settle(config, place, rates)
     task = build_task(config).to(place.device)
-    parts = share_work(config, task, place)
+    work = share_work(config, task, place)
     source = sources.open_source(
         config.data,
-        needs_of(config, task, parts),
+        needs_of(config, task, work),
         seed=config.seed,
         quarantine=config.output / "quarantine.csv",
     )
     log.info("%s", source.census)
-    optimizers = optim.build(config.optim, task)
     if config.compile == "always":
         compiling.apply(task.blocks)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    engine = LocalEngine(place, precision=precision)
-    engine.wrap(task, optimizers)
+    engine = engines.build(config.engine, place, work.mesh, precision=precision)
+    engine.wrap(task, partial(optim.build, config.optim))
     trainer = Trainer(
         config,
         runtime=place,
@@ -157,41 +157,51 @@ def build_task(config: TrainConfig) -> Task:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Which samples this rank reads: those of a training bucket, and of validation batches."""
+class Share:
+    """This rank's share of the work.
 
+    Attributes:
+        mesh: how the ranks are laid out; None on one rank.
+        training: which part of a bucket's batches it reads.
+        validation: (index, count), which of the validation batches.
+    """
+
+    mesh: Mesh | None = None
     training: PartOf = whole
     validation: tuple[int, int] = (0, 1)
 
 
-ALONE = Parts()
+ALONE = Share()
 
 
-def share_work(config: TrainConfig, task: Task, place: Runtime) -> Parts:
+def share_work(config: TrainConfig, task: Task, place: Runtime) -> Share:
     """Lay the ranks out as the config says, tell the task, and say what this rank reads.
 
     Raises:
         UsageError: the axes do not fit the ranks, or the model cannot be shared so.
     """
-    layout = mesh.resolve(config.parallel, place.world_size, shards=False)
-    alone = not isinstance(task, TextToVideo)
-    if alone and layout.sequence * layout.tp > 1:
-        raise UsageError("parallel.ring, ulysses and tp are for the task text_to_video")
+    sharded = engines.shards(config.engine)
+    layout = resolve_layout(config.parallel, place.world_size, shards=sharded)
+    if not isinstance(task, TextToVideo) and (sharded or layout.sequence * layout.tp > 1):
+        raise UsageError(
+            f"task {config.task.kind} trains whole on every rank: leave out engine.kind=fsdp and "
+            "parallel.ring, ulysses, tp"
+        )
     if place.world_size == 1:
-        return Parts()
-    ranks = mesh.Mesh(layout, place.rank, place.device.type)
+        return ALONE
+    ranks = Mesh(layout, place.rank, place.device.type)
     shared = SequenceParallel(ranks, config.parallel.max_tokens)
     if isinstance(task, TextToVideo):
         sequence.check(task.model, layout)
         task.sequence = shared
-    return Parts(
-        lambda bucket: ranks.part(shared.degree(bucket.num_tokens)), ranks.part(shared.most)
+    return Share(
+        ranks, lambda bucket: ranks.part(shared.degree(bucket.num_tokens)), ranks.part(shared.most)
     )
 
 
-def needs_of(config: TrainConfig, task: Task, parts: Parts = ALONE) -> sources.Needs:
+def needs_of(config: TrainConfig, task: Task, work: Share = ALONE) -> sources.Needs:
     """What a task asks of its data: how clips must divide, and which latents it takes."""
-    shares = (parts.training, parts.validation)
+    shares = (work.training, work.validation)
     if not isinstance(task, TextToVideo):
         assert isinstance(task, Autoencoder)
         return sources.Needs(task.vae.stride, (1, 1, 1), None, *shares)

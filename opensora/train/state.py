@@ -12,7 +12,7 @@ from pathlib import Path
 from opensora.engine import checkpoint
 from opensora.engine.checkpoint import Snapshot
 from opensora.engine.ema import EMA
-from opensora.engine.local import LocalEngine
+from opensora.engine.interface import Engine
 from opensora.errors import StorageError, UsageError
 from opensora.runtime import Runtime, log
 from opensora.train.config import TrainConfig
@@ -34,7 +34,7 @@ class RunState:
     """
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, task: Task, engine: LocalEngine, data: str
+        self, config: TrainConfig, runtime: Runtime, task: Task, engine: Engine, data: str
     ):
         self.config, self.runtime, self.task, self.engine = config, runtime, task, engine
         self.ema = EMA(task, config.ema) if config.ema is not None else None
@@ -93,11 +93,10 @@ class RunState:
             StorageError: on every rank, when a checkpoint that must be is not.
         """
         path, problem = None, ""
+        snapshot = self._snapshot()
         if self.runtime.is_main:
             try:
-                path = checkpoint.save(
-                    self.root, self._snapshot(), keep=self.config.checkpoint.keep
-                )
+                path = checkpoint.save(self.root, snapshot, keep=self.config.checkpoint.keep)
             except StorageError as error:
                 problem = str(error)
                 required = required or not checkpoint.committed(self.root)
@@ -109,6 +108,7 @@ class RunState:
         return path
 
     def _snapshot(self) -> Snapshot:
+        """On rank 0; the others help to gather it."""
         state = self.engine.state_dict()
         return Snapshot(
             step=self.progress.step,

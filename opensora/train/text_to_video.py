@@ -16,7 +16,7 @@ from opensora.diffusion import masks, objective, timesteps
 from opensora.diffusion.masks import MaskConfig
 from opensora.engine import checkpoint
 from opensora.engine.flops import FlopCounter, rehearsal
-from opensora.engine.local import load_weights
+from opensora.engine.interface import load_weights
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import CheckpointError, UsageError
 from opensora.text.features import CachedEncoder

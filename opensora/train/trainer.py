@@ -10,9 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from opensora.engine.local import LocalEngine, Update
+import torch
+
+from opensora.engine.interface import Engine, Update
 from opensora.errors import DataError, Preempted
 from opensora.runtime import Runtime, log
 from opensora.train.bar import Bar
@@ -50,7 +53,7 @@ class Trainer:
         *,
         runtime: Runtime,
         task: Task,
-        engine: LocalEngine,
+        engine: Engine,
         source: Source,
         requests: Requests | None = None,
         sampler: Sampler | None = None,
@@ -152,15 +155,23 @@ class Trainer:
 
     def _backward(self, parts: list[Any]) -> tuple[list[StepLoss], int]:
         """Gradients of every micro-batch; returns what the task told and the FLOPs it took."""
-        outputs, flops = [], 0
+        outputs, flops, rounds = [], 0, self._rounds(len(parts))
         for number, part in enumerate(parts, 1):
-            last = number == len(parts)
+            last = number == rounds
             work = partial(self.engine.backward, part, self.progress.step, last=last)
             rehearse = partial(self.task.flops, part) if self.config.compile == "always" else None
             output, cost = self.meter.counted(tensor_shape(part), work, rehearse=rehearse)
             outputs.append(output)
             flops += cost
+        for number in range(len(parts) + 1, rounds + 1):  # keeps step with ranks that have more
+            self.engine.backward(parts[-1], self.progress.step, last=number == rounds, weight=0.0)
         return outputs, flops
+
+    def _rounds(self, mine: int) -> int:
+        """How often the model is called in a step, where all ranks must call it equally often."""
+        if not self.engine.collective or self.config.micro_batch is None:
+            return mine
+        return int(self.runtime.all_reduce(torch.tensor([float(mine)]), "max").item())
 
     def _count(self, batch: Any, totals: Totals, seconds: float) -> int:
         """Note a step that was tried; returns how many there are now."""
@@ -223,11 +234,23 @@ class Trainer:
         if not self.source.has_validation:
             return None
         with averaged(self.task, self.ema):
-            values = measure(self.source.validation(), self._validation, self.runtime)
+            values = measure(
+                self.source.validation(),
+                self._validation,
+                self.runtime,
+                stand_in=self._any_batch if self.engine.collective else None,
+            )
         self.tracker.record("validation", self.progress.step, values)
         shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if "/" not in k)
         log.info("step %d validation %s", self.progress.step, shown)
         return values
+
+    def _any_batch(self) -> Any:
+        batches = self.source.train(0)
+        try:
+            return next(batches)
+        finally:
+            close(batches)
 
     def _validation(self, batch: Any) -> Sums:
         with self.engine.autocast():
@@ -239,6 +262,9 @@ class Trainer:
         with averaged(self.task, self.ema):
             if self.runtime.is_main:
                 self.sampler(self.task, self.progress.step, self.config.output, self.progress.shape)
+            elif self.engine.collective:  # every call of the model needs this rank as well
+                with TemporaryDirectory() as nowhere:
+                    self.sampler(self.task, self.progress.step, Path(nowhere), self.progress.shape)
         self.runtime.barrier()
 
     def _finish(self) -> None:

@@ -24,12 +24,42 @@ def averaged(task: Task, ema: EMA | None) -> Iterator[None]:
 
 
 def measure(
-    batches: Iterable[Any], metrics: Callable[[Any], Sums], runtime: Runtime
+    batches: Iterable[Any],
+    metrics: Callable[[Any], Sums],
+    runtime: Runtime,
+    *,
+    stand_in: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
-    """Means of a task's metrics over this rank's batches and those of the other ranks."""
+    """Means of a task's metrics over this rank's batches and those of the other ranks.
+
+    Args:
+        stand_in: makes a batch that is measured for nothing, where every rank has to call the
+            model equally often and this one has fewer batches.
+    """
     sums: dict[str, tuple[float, float]] = {}
+    if stand_in is not None:
+        batches = _in_step(batches, metrics, runtime, stand_in)
     for batch in batches:
         for name, (total, count) in metrics(batch).items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + float(total), before[1] + float(count))
     return means(sums, runtime)
+
+
+def _in_step(
+    batches: Iterable[Any],
+    metrics: Callable[[Any], Sums],
+    runtime: Runtime,
+    stand_in: Callable[[], Any],
+) -> Iterator[Any]:
+    """The batches, and work for nothing until no rank has any left."""
+    mine, spare = iter(batches), None
+    while True:
+        batch = next(mine, None)
+        if not any(runtime.gather_objects(batch is not None)):
+            return
+        if batch is not None:
+            yield batch
+        else:
+            spare = stand_in() if spare is None else spare
+            metrics(spare)

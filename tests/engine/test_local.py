@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from opensora.engine.local import LocalEngine, load_weights
+from opensora.engine.interface import load_weights
+from opensora.engine.local import LocalEngine
 from opensora.errors import CheckpointError
 from opensora.runtime import Runtime
 
@@ -35,7 +36,7 @@ def engine_of(module, lr=1.0, **options) -> LocalEngine:
     engine = LocalEngine(ALONE, **options)
     optimizer = torch.optim.SGD(module.parameters(), lr=lr)
     optimizer.param_groups[0]["initial_lr"] = lr
-    engine.wrap(module, [optimizer])
+    engine.wrap(module, lambda _: [optimizer])
     return engine
 
 
@@ -95,7 +96,7 @@ def adam_engine(seed: int) -> LocalEngine:
     engine = LocalEngine(ALONE)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     optimizer.param_groups[0]["initial_lr"] = 0.1
-    engine.wrap(module, [optimizer])
+    engine.wrap(module, lambda _: [optimizer])
     return engine
 
 

@@ -8,6 +8,7 @@ are of size 1 and less, to 1e-5 (a wrong factor of the gradient shows at 1e-2).
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def two(tmp_path_factory) -> Outcome:
     """All scenarios on two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.set_num_threads(1)
-    ranks.training(folder / "on_other_ranks", ALONE, "stdit")
+    for name in ("on_other_ranks", "fsdp_goes_on"):
+        ranks.training(folder / name, ALONE, "stdit")
     launch(Path(ranks.__file__), str(folder))
     return Outcome(folder)
 
@@ -116,6 +118,23 @@ def assert_equal_runs(one: Path, two: Path, rows: list, parts: list) -> None:
 def test_two_ranks_train_as_one(scenario, two, tmp_path):
     rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+@pytest.mark.parametrize("scenario", ["fsdp", "fsdp_pieces"])
+def test_two_ranks_that_shard_parameters_train_as_one(scenario, two, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+def test_sharded_parameters_and_shared_clips_train_as_one(two, four, tmp_path):
+    rows = ranks.fsdp_shared(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run("fsdp_shared"), rows, two.of("fsdp_shared")[:1])
+    assert_equal_runs(tmp_path / "one", four.run("fsdp_shared"), rows, four.of("fsdp_shared")[::2])
+
+
+def test_copies_of_sharded_parameters_train_as_one(four, tmp_path):
+    rows = ranks.fsdp(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", four.run("fsdp"), rows, four.of("fsdp"))
 
 
 @pytest.mark.parametrize("scenario", ["ulysses", "ring"])
@@ -169,6 +188,17 @@ def test_a_run_of_one_rank_goes_on_on_two(two, tmp_path):
     assert [step for step, _ in rows] == [5, 6, 7]
     scenario = "on_other_ranks"
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
+
+
+def test_a_run_goes_on_sharded_and_whole_again(two, tmp_path):
+    alone, again = tmp_path / "one", tmp_path / "again"
+    ranks.training(alone, ALONE, "stdit")
+    rows = ranks.training(alone, ALONE, "stdit", "steps=8", "resume_despite=[steps]")
+    assert_equal_runs(alone, two.run("fsdp_goes_on"), rows, two.of("fsdp_goes_on")[:1])
+    shutil.copytree(two.run("fsdp_goes_on"), again)
+    for run in (alone, again):
+        ranks.training(run, ALONE, "stdit", "steps=11", "resume_despite=[steps]")
+    assert losses(again) == pytest.approx(losses(alone), rel=CLOSE)
 
 
 def test_a_loss_that_is_no_number_on_one_rank_moves_no_rank(two):

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from opensora import runtime, zoo
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
 from opensora.data.buckets import Bucket
-from opensora.engine import checkpoint
-from opensora.engine.local import LocalEngine
+from opensora.engine import checkpoint, engines
 from opensora.runtime import Runtime
 from opensora.train import optim
 from opensora.train.autoencoder import AutoencoderConfig
 from opensora.train.config import TrainConfig
-from opensora.train.run import Parts, build_task, share_work
+from opensora.train.run import Share, build_task, share_work
 from opensora.train.tasks import StepLoss, Sums, Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig
 from opensora.train.tracking import read_records
@@ -65,7 +65,7 @@ class MemorySource:
 
     Attributes:
         seen: (step, rows) of every training batch that was handed out.
-        parts: what this rank reads.
+        share: what this rank reads.
     """
 
     identity = "memory"
@@ -83,11 +83,11 @@ class MemorySource:
         self.validation_sizes = validation_sizes
         self.has_validation = bool(validation_sizes)
         self.seen: list[tuple[int, list[int]]] = []
-        self.parts = Parts()
+        self.share = Share()
 
     def train(self, first_step: int) -> Iterator[Any]:
         size, step = self.batch_size, first_step
-        rank, ranks = self.parts.training(self.bucket)
+        rank, ranks = self.share.training(self.bucket)
         while True:
             rows = rows_of(step, size)[rank * size // ranks : (rank + 1) * size // ranks]
             self.seen.append((step, rows))
@@ -97,7 +97,7 @@ class MemorySource:
     def validation(self) -> Iterator[Any]:
         edges = np.cumsum([0, *self.validation_sizes])
         batches = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
-        index, count = self.parts.validation
+        index, count = self.share.validation
         for rows in batches[index::count]:
             yield self.collate(rows, None)
 
@@ -149,14 +149,14 @@ def make_trainer(
     """A trainer on memory, where the config's task decides what the batches are."""
     collate = clips if isinstance(config.task, AutoencoderConfig) else latents
     task = fresh_task(config) if task is None else task
-    engine = LocalEngine(
-        place, precision=torch.bfloat16 if config.precision == "bf16" else torch.float32
-    )
-    engine.wrap(task, optim.build(config.optim, task))
+    share = share_work(config, task, place)
+    precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    engine = engines.build(config.engine, place, share.mesh, precision=precision)
+    engine.wrap(task, partial(optim.build, config.optim))
     source = source or MemorySource(
         collate, place, batch_size=batch_size, validation_sizes=validation_sizes
     )
-    source.parts = share_work(config, task, place)
+    source.share = share
     return Trainer(config, runtime=place, task=task, engine=engine, source=source, **options)
 
 
