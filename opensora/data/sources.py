@@ -17,6 +17,11 @@ from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
 from opensora.data.latents import CachedAssigner, LatentDataset, open_cache
 from opensora.data.loading import BatchDataset, answers, batches
 from opensora.data.plan import PartOf, Plan, once, whole
+from opensora.data.synthetic import (
+    SyntheticAssigner,
+    SyntheticDataset,
+    SyntheticSourceConfig,
+)
 
 
 class ClipsSourceConfig(Config):
@@ -42,7 +47,9 @@ class LatentsSourceConfig(Config):
     num_workers: int = Field(default=0, ge=0, description="processes that read ahead, on each rank")
 
 
-DataConfig = Annotated[ClipsSourceConfig | LatentsSourceConfig, Field(discriminator="kind")]
+DataConfig = Annotated[
+    ClipsSourceConfig | LatentsSourceConfig | SyntheticSourceConfig, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Needs:
     Attributes:
         stride: of the VAE, (time, height, width); clips must divide by it.
         patch: of the model, in latent positions.
+        channels: of a latent.
         latents: identity of the encoder whose cached latents fit, or None.
         part: which part of a bucket's training batches this rank reads.
         validation_part: (index, count), which of the validation batches.
@@ -59,6 +67,7 @@ class Needs:
 
     stride: Triple
     patch: Triple
+    channels: int
     latents: dict[str, Any] | None
     part: PartOf = whole
     validation_part: tuple[int, int] = (0, 1)
@@ -105,7 +114,7 @@ class Source:
 
 
 def open_source(
-    config: ClipsSourceConfig | LatentsSourceConfig,
+    config: ClipsSourceConfig | LatentsSourceConfig | SyntheticSourceConfig,
     needs: Needs,
     *,
     seed: int,
@@ -121,7 +130,11 @@ def open_source(
         DataError: it cannot be read, does not fit the buckets, or holds another encoder's latents.
         UsageError: the config contradicts itself, or has too few clips a step for the ranks.
     """
-    if isinstance(config, ClipsSourceConfig):
+    if isinstance(config, SyntheticSourceConfig):
+        shape = {"stride": needs.stride, "patch": needs.patch}
+        assigner, held = SyntheticAssigner(config, **shape), None
+        dataset = SyntheticDataset(config, channels=needs.channels, stride=needs.stride)
+    elif isinstance(config, ClipsSourceConfig):
         assigner, dataset = _clips(config.manifest, config, needs, seed, quarantine)
         held = config.validation and _clips(config.validation, _fixed(config), needs, seed)
     else:

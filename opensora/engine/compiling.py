@@ -81,7 +81,7 @@ def _trained(block: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The block's forward, compiled where gradients are asked for."""
     plain = block.forward
     compiled = torch.compile(plain, dynamic=False, backend=backend)
-    names = list(inspect.signature(plain).parameters)
+    names = list(inspect.signature(type(block).forward).parameters)[1:]  # without self
     varying = {names.index(name): dim for name, dim in getattr(block, "varying_dims", {}).items()}
 
     def forward(*inputs: Any) -> Any:

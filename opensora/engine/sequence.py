@@ -94,19 +94,19 @@ def _stdit(
     trade = sharing == "auto" and stream.places.num_windows >= groups.size
     run_temporal = _traded(stream.places, frames, groups) if trade else None
     places = stream.places if trade else _shared(stream.places, frames, mine, groups)
-    modulation = stream.modulation[:, mine]
+    here = (stream.text, stream.mask, stream.modulation[:, mine], places)
+    whole_clip = (stream.text, stream.mask, stream.modulation)
+
+    def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
+        tokens = spatial(tokens, *here)
+        if run_temporal is None:
+            return temporal(tokens, *here)
+        return run_temporal(lambda x, local: temporal(x, *whole_clip, local), tokens)
+
     tokens = stream.tokens
-    for block in model.blocks:
-        if block.temporal and run_temporal is not None:
-            rest = (stream.text, stream.mask, stream.modulation)
-            tokens = run_temporal(partial(_call, block, rest), tokens)
-        else:
-            tokens = block(tokens, stream.text, stream.mask, modulation, places)
+    for blocks in model.pairs:
+        tokens = model.group(pair, tokens, *blocks)
     return model.leave(tokens, stream.level[:, mine], stream.places.grid)
-
-
-def _call(block: nn.Module, rest: tuple[Tensor, ...], tokens: Tensor, places: Places) -> Tensor:
-    return block(tokens, *rest, places)
 
 
 def _traded(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -234,6 +234,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def together(pair: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a pair of blocks; an engine may put another way of running it in this one's place."""
+    return pair(*inputs)
+
+
 class STDiT(nn.Module):
     """The denoiser `model(x, t, cond) -> prediction`, same shape as x."""
 
@@ -259,6 +264,7 @@ class STDiT(nn.Module):
             STDiTBlock(config, temporal=True) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, patch_features)
+        self.group: Callable[..., Tensor] = together
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -280,10 +286,14 @@ class STDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     @property
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Spatial and temporal blocks, in order of use."""
+        return list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The units that an engine shards, recomputes or compiles, in order of use."""
-        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
-        return [block for pair in pairs for block in pair]
+        return [block for pair in self.pairs for block in pair]
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition, *, plan: Plan | None = None) -> Tensor:
         """Predict from noisy latents.
@@ -301,9 +311,14 @@ class STDiT(nn.Module):
         if plan is not None:
             return plan(self, x, t, cond)
         stream = self.enter(x, t, cond)
+        rest = (stream.text, stream.mask, stream.modulation, stream.places)
+
+        def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
+            return temporal(spatial(tokens, *rest), *rest)
+
         tokens = stream.tokens
-        for block in self.blocks:
-            tokens = block(tokens, stream.text, stream.mask, stream.modulation, stream.places)
+        for blocks in self.pairs:
+            tokens = self.group(pair, tokens, *blocks)
         return self.leave(tokens, stream.level, stream.places.grid)
 
     def enter(

@@ -17,6 +17,7 @@ from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
 from opensora.engine.engines import EngineConfig
 from opensora.engine.local import LocalConfig
+from opensora.engine.recompute import RecomputeConfig
 from opensora.errors import UsageError
 from opensora.train.autoencoder import AutoencoderConfig
 from opensora.train.guard import GuardConfig
@@ -33,6 +34,7 @@ FREE_TO_CHANGE = (
     "engine",
     "engine.kind",
     "parallel",
+    "recompute",
     "log",
     "checkpoint",
     "samples",
@@ -110,6 +112,9 @@ class TrainConfig(Config):
     optim: OptimConfig = MuonConfig()
     ema: EMAConfig | None = PowerEMAConfig()
     engine: EngineConfig = LocalConfig()
+    recompute: RecomputeConfig = Field(
+        default=RecomputeConfig(), description="less memory for activations; changes no value"
+    )
     parallel: ParallelConfig = Field(
         default=ParallelConfig(), description="how the ranks of torchrun share the work"
     )
@@ -129,6 +134,10 @@ class TrainConfig(Config):
             raise ValueError("task autoencoder trains on clips: set data.kind=clips and a manifest")
         if self.compile == "always" and self.task.kind == "autoencoder":
             raise ValueError("compile=always is for the task text_to_video; leave it out here")
+        if self.recompute != RecomputeConfig() and self.task.kind == "autoencoder":
+            raise ValueError("recompute is for the task text_to_video; leave it out here")
+        if self.task.kind == "autoencoder" and self.data.kind == "synthetic":
+            raise ValueError("task autoencoder trains on clips: data.kind=synthetic has latents")
         if self.samples.every and self.task.kind != "text_to_video":
             raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
         return self

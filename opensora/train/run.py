@@ -17,7 +17,7 @@ from opensora.data.plan import PartOf, whole
 from opensora.disk import preflight, replace_file
 from opensora.dist.mesh import Mesh
 from opensora.dist.mesh import resolve as resolve_layout
-from opensora.engine import checkpoint, compiling, engines, sequence
+from opensora.engine import checkpoint, compiling, engines, recompute, sequence
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
@@ -29,6 +29,7 @@ from opensora.train.signals import Requests, listening
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve
 from opensora.train.trainer import Sampler, Trainer
+from opensora.vae.causal import CausalVAEConfig
 
 
 def train(
@@ -76,6 +77,8 @@ def prepare(
         quarantine=config.output / "quarantine.csv",
     )
     log.info("%s", source.census)
+    if isinstance(task, TextToVideo):
+        recompute.apply(task.model, config.recompute)
     if config.compile == "always":
         compiling.apply(task.blocks)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -113,7 +116,12 @@ def settle(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> Trai
     if config.precision == "auto":
         changes["precision"] = _precision(config, place, rates)
     if isinstance(config.task, TextToVideoConfig):
-        changes["task"] = resolve(config.task)
+        synthetic = config.data.kind == "synthetic" and config.task.vae_from is None
+        changes["task"] = (
+            config.task.model_copy(update={"vae": config.task.vae or CausalVAEConfig()})
+            if synthetic
+            else resolve(config.task)
+        )
     return config.model_copy(update=changes)
 
 
@@ -150,9 +158,12 @@ def build_task(config: TrainConfig) -> Task:
             whole = config.micro_batch is None
             return Autoencoder(config.task, seed=config.seed, whole_batch=whole)
         text = zoo.build_text(config.task.text)
-        if config.task.vae_from is None:
+        if config.task.vae_from is not None:
+            vae = load_vae(config.task.vae_from)
+        elif config.data.kind == "synthetic":
+            vae = zoo.build_vae(config.task.vae or CausalVAEConfig()).requires_grad_(False)
+        else:
             raise UsageError("task.vae_from is not set: name the run or checkpoint of a VAE")
-        vae = load_vae(config.task.vae_from)
         return TextToVideo(config.task, vae=vae, text=text, seed=config.seed)
 
 
@@ -204,11 +215,12 @@ def needs_of(config: TrainConfig, task: Task, work: Share = ALONE) -> sources.Ne
     shares = (work.training, work.validation)
     if not isinstance(task, TextToVideo):
         assert isinstance(task, Autoencoder)
-        return sources.Needs(task.vae.stride, (1, 1, 1), None, *shares)
+        return sources.Needs(task.vae.stride, (1, 1, 1), task.vae.latent_channels, None, *shares)
     identity = None
     if isinstance(config.data, sources.LatentsSourceConfig):
         identity = task.latent_identity(open_cache(config.data.cache).identity)
-    return sources.Needs(task.vae.stride, task.config.model.patch, identity, *shares)
+    patch, channels = task.config.model.patch, task.vae.latent_channels
+    return sources.Needs(task.vae.stride, patch, channels, identity, *shares)
 
 
 def _bytes_to_save(task: Task) -> int:
