@@ -9,7 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's table lacks. As in its other entries, attention's backward pass is five products:
+the logits are made again."""
 
 
 class FlopCounter(TorchDispatchMode):
@@ -26,7 +48,8 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        formula = flop_registry.get(function.overloadpacket)
+        packet = function.overloadpacket
+        formula = flop_registry.get(packet) or _ON_CPU.get(packet)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result

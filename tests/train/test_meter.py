@@ -22,7 +22,7 @@ def test_the_flops_of_a_linear_layer_are_three_products():
     assert counter.total == 3 * 2 * 5 * 4 * 6
 
 
-def test_counting_agrees_with_torch_and_changes_no_bit():
+def test_counting_agrees_with_torch_but_for_its_gap_and_changes_no_bit():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv3d(4, 2, 1))
     x = torch.randn(2, 2, 4, 6, 6)
@@ -38,7 +38,8 @@ def test_counting_agrees_with_torch_and_changes_no_bit():
         counted = work()
     with FlopCounterMode(display=False) as reference:
         work()
-    assert counter.total == reference.get_total_flops() > 0
+    product = 2 * (2 * 3) * 8 * 8 * 4  # Q K', for which torch's table lacks the CPU's kernel
+    assert counter.total == reference.get_total_flops() + (2 + 5) * product
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from timing import machine, paired, show
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from opensora import runtime
 from opensora.engine import compiling
+from opensora.engine.flops import FlopCounter
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
@@ -96,9 +96,9 @@ def stepper(model: nn.Module, call: Any, dtype: torch.dtype, device: torch.devic
 
 def flops(step: Any) -> int:
     """FLOPs of matrix products and attention in one step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         step()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def matmuls(device: torch.device, dtype: torch.dtype, *, at_least: float) -> tuple[Any, int]:
