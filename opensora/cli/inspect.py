@@ -1,4 +1,4 @@
-"""Commands that look and change nothing: config show, config schema, doctor."""
+"""Commands that look and change nothing: config show, config schema, doctor, plan."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 def register(app: typer.Typer) -> None:
-    """Add `doctor` to the application."""
+    """Add `doctor` and `plan` to the application."""
     app.command()(doctor)
+    app.command()(plan)
 
 
 def schemas() -> dict[str, type[Config]]:
@@ -78,3 +79,26 @@ def doctor(
         typer.echo(finding.line())
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(64)
+
+
+def plan(
+    config: Path = typer.Argument(..., help="YAML file of a training run"),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
+    gpus: int = typer.Option(1, min=1, help="devices"),
+    gpu: str = typer.Option("h200", help="their kind, such as h200, h100, a100-80, rtx4090"),
+    rate: float = typer.Option(
+        None, min=0.001, metavar="TFLOPS", help="TFLOP/s that a device sustains, when measured"
+    ),
+    price: float = typer.Option(None, min=0, help="of a device an hour, in any currency"),
+) -> None:
+    """Say before a launch what a run takes: parameters, FLOPs, memory, time, money.
+
+    Runs on any machine in half a minute. What does not fit is refused with changes that would.
+    """
+    tree = configs.override(configs.read(config), overrides or [])
+    from opensora.train.config import TrainConfig
+
+    loaded = configs.validate(TrainConfig, tree, where=str(config))
+    from opensora.cli.planning import plan as run
+
+    run(loaded, ranks=gpus, gpu=gpu, teraflops=rate, price=price)

@@ -214,10 +214,22 @@ class TextToVideo(Task):
         """(B, T) of this rank's frames, and which those are."""
         degree = self._degree(tuple(latents.shape[1:]))
         frames = self.sequence.frames(latents.shape[2], degree)
+        return self.loss_at(latents, noise, levels, cond, degree), frames
+
+    def loss_at(
+        self, latents: Tensor, noise: Tensor, levels: Tensor, cond: Condition, degree: int
+    ) -> Tensor:
+        """The loss (B, T) of this rank's frames where `degree` ranks share each clip.
+
+        Args:
+            latents, noise: (B, C, T, H, W) of whole clips.
+            levels: (B, T).
+        """
+        frames = self.sequence.frames(latents.shape[2], degree)
         noisy = self.process.corrupt(latents, noise, levels)
         prediction = self.sequence.run(self.model, noisy, levels, cond, degree)
         data, noise = latents[:, :, frames], noise[:, :, frames]
-        return self.process.loss_per_frame(prediction, data, noise, levels[:, frames]), frames
+        return self.process.loss_per_frame(prediction, data, noise, levels[:, frames])
 
     @torch.no_grad()
     def validation(self, batch: LatentBatch | VideoBatch) -> Sums:

@@ -1,0 +1,117 @@
+"""Arithmetic before a launch: memory by part, time, and money, from footprints and device facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opensora.dist.mesh import Layout
+from opensora.engine.footprint import Footprint
+from opensora.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device.
+
+    Attributes:
+        memory: bytes that a process can have.
+        flops: peak FLOP/s of dense bf16 matrix products, as published.
+        reserved: bytes that context, libraries, communication and fragmentation take (inferred;
+            never measured on these devices by this project).
+    """
+
+    memory: float
+    flops: float
+    reserved: float = 3e9
+
+
+GIB = 2**30
+DEVICES = {
+    "a100-40": Device(39.4 * GIB, 312e12),
+    "a100-80": Device(79.1 * GIB, 312e12),
+    "h100": Device(79.1 * GIB, 989e12),
+    "h200": Device(139.8 * GIB, 989e12),
+    "b200": Device(178.0 * GIB, 2250e12),
+    "l40s": Device(44.4 * GIB, 362e12),
+    "rtx4090": Device(23.5 * GIB, 165e12, reserved=1.5e9),
+}
+"""NVIDIA's data sheets for FLOP/s, and what drivers leave of the memory."""
+
+
+def device(name: str) -> Device:
+    """A device by name.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if name.lower() not in DEVICES:
+        known = ", ".join(DEVICES)
+        raise UsageError(
+            f"--gpu {name} is unknown; known are {known}.{did_you_mean(name.lower(), DEVICES)}"
+        )
+    return DEVICES[name.lower()]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank by what they hold, at the worst moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    averages: float
+    frozen: float
+    activations: float
+    gathered: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def memory(
+    footprint: Footprint,
+    layout: Layout,
+    target: Device,
+    *,
+    sharded: bool,
+    averages: bool,
+    frozen_bytes: float,
+    unit_parameters: int,
+    gather_bytes: int,
+    state_bytes: float,
+) -> Memory:
+    """Peak memory of a rank.
+
+    Args:
+        sharded: whether parameters, gradients and state are.
+        averages: whether an average of the weights is kept.
+        unit_parameters: of the largest part that is gathered at once; the next one is on its way.
+        gather_bytes: of a gathered parameter.
+        state_bytes: of the optimizer's state per parameter.
+    """
+    parts = layout.dp_shard * layout.sequence if sharded else 1
+    held = footprint.parameters / parts
+    copies = 2 if layout.world_size > 1 and not sharded else 1  # DDP's buckets
+    return Memory(
+        weights=4 * held,
+        gradients=4 * held if sharded else 4 * held * (copies - 1),
+        optimizer=state_bytes * held,
+        averages=4 * held if averages else 0.0,
+        frozen=frozen_bytes,
+        activations=footprint.activations,
+        gathered=2 * gather_bytes * unit_parameters if sharded else 0.0,
+        reserved=target.reserved,
+    )
+
+
+def extrapolate(two: Footprint, three: Footprint, depth: int) -> Footprint:
+    """The footprint at any depth, from those of two and three pairs: every further pair adds the
+    same. (The first does not: what lies before the blocks is kept with it.)"""
+    return Footprint(
+        *(
+            round(getattr(two, f) + (depth - 2) * (getattr(three, f) - getattr(two, f)))
+            for f in ("parameters", "flops", "activations", "update", "state")
+        )
+    )

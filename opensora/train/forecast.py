@@ -1,0 +1,278 @@
+"""What a training config would take on some number of devices, before any is touched.
+
+The real task runs in rehearsal (`engine.footprint`) once for each shape of batch. Of a deep model
+two and three pairs of blocks are rehearsed and the rest follows, because every pair takes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora import zoo
+from opensora.data.buckets import Bucket, levels
+from opensora.dist.mesh import Layout, ParallelConfig, resolve
+from opensora.engine import planner, recompute
+from opensora.engine.engines import shards
+from opensora.engine.footprint import Footprint, ImaginedMesh, rehearse
+from opensora.engine.fsdp import FsdpConfig
+from opensora.engine.planner import Device, Memory
+from opensora.engine.recompute import RecomputeConfig
+from opensora.engine.sequence import SequenceParallel
+from opensora.errors import UsageError
+from opensora.train import optim
+from opensora.train.config import TrainConfig
+from opensora.train.text_to_video import TextToVideo, TextToVideoConfig
+from opensora.types import Condition
+
+TEXT_TOKENS = 256
+"""Length of a prompt in the rehearsal."""
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"policy": "selective"},
+    {"policy": "block"},
+    {"policy": "block", "tiles": 8},
+    {"policy": "pair", "tiles": 16},
+)
+"""Ways to save memory, in the order of what they cost."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one shape of batch takes.
+
+    Attributes:
+        bucket: the largest of its resolution and length.
+        degree: ranks that share a clip.
+        clips: on a rank at a time.
+        memory: of a rank at its peak.
+        model_flops: of a step over all ranks, without recomputation.
+        flops: executed.
+        seconds: a step.
+    """
+
+    bucket: Bucket
+    degree: int
+    clips: int
+    memory: Memory
+    model_flops: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A config on a layout.
+
+    Attributes:
+        parameters: trained, exactly.
+    """
+
+    layout: Layout
+    parameters: int
+    rows: tuple[Row, ...]
+
+    @property
+    def peak(self) -> Row:
+        """The row with the most memory."""
+        return max(self.rows, key=lambda row: row.memory.total)
+
+
+def forecast(config: TrainConfig, ranks: int, target: Device, *, rate: float) -> Forecast:
+    """What a run takes on `ranks` devices.
+
+    Args:
+        rate: FLOP/s that a device sustains over a step.
+
+    Raises:
+        UsageError: the layout does not fit the ranks, or the task is not text_to_video.
+    """
+    if not isinstance(config.task, TextToVideoConfig):
+        raise UsageError("opensora plan knows the task text_to_video only; a VAE is small")
+    buckets = _largest(config)
+    needs = [_need(config, ranks, bucket, target) for bucket in buckets]
+    rows = [_row(config, *pair, rate) for pair in zip(needs, buckets, strict=True)]
+    return Forecast(needs[0].layout, needs[0].footprint.parameters, tuple(rows))
+
+
+def suggest(config: TrainConfig, ranks: int, target: Device, bucket: Bucket) -> TrainConfig | None:
+    """The config with the cheapest of the known changes under which a bucket fits, or None."""
+    for changes in _placements(config, ranks, bucket):
+        placed = config.model_copy(update=changes)
+        if _need(_saving(placed, WAYS[-1]), ranks, bucket, target).memory.total > target.memory:
+            continue  # no cheaper way will do either
+        for way in WAYS:
+            changed = _saving(placed, way)
+            if _need(changed, ranks, bucket, target).memory.total <= target.memory:
+                return changed
+    return None
+
+
+def _saving(config: TrainConfig, way: dict[str, Any]) -> TrainConfig:
+    return config.model_copy(update={"recompute": RecomputeConfig(**way)})
+
+
+def _placements(config: TrainConfig, ranks: int, bucket: Bucket) -> list[dict[str, Any]]:
+    """Engines and ways to share clips: as the config says, then sharded, then shared by more."""
+    found: list[dict[str, Any]] = [{}]
+    engine = config.engine if shards(config.engine) else FsdpConfig()
+    degrees = [d for d in range(1, ranks + 1) if ranks % d == 0 and d & (d - 1) == 0]
+    for degree in degrees if ranks > 1 else ():
+        if bucket.batch_size * degree >= ranks:
+            found.append({"engine": engine, "parallel": ParallelConfig(ulysses=degree)})
+    return found
+
+
+def _largest(config: TrainConfig) -> list[Bucket]:
+    """Of every resolution and length the bucket with most tokens."""
+    assert isinstance(config.task, TextToVideoConfig)
+    with torch.device("meta"):
+        stride = zoo.build_vae(config.task.vae or zoo.VAEConfig()).stride
+    found = levels(config.data.buckets, stride=stride, patch=config.task.model.patch)
+    return [
+        max(length, key=lambda bucket: bucket.num_tokens)
+        for level in found
+        for length in level.buckets
+    ]
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a bucket takes of a rank: `clips` at a time, each shared by `degree` ranks."""
+
+    layout: Layout
+    degree: int
+    clips: int
+    footprint: Footprint
+    memory: Memory
+
+
+def _need(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) -> _Need:
+    task, sharded = config.task, shards(config.engine)
+    assert isinstance(task, TextToVideoConfig)
+    layout = resolve(config.parallel, ranks, shards=sharded)
+    degree = layout.degree_for(bucket.num_tokens, config.parallel.max_tokens)
+    parts = layout.world_size // (degree * layout.tp)
+    if bucket.batch_size < parts:
+        raise UsageError(
+            f"the bucket {bucket.shape} has a batch size of {bucket.batch_size}, too few for "
+            f"{parts} data-parallel ranks; raise it, or share clips with parallel.ulysses"
+        )
+    mine = ceil(bucket.batch_size / parts)
+    clips = min(mine, config.micro_batch or mine)
+    footprint = _at_depth(config, task, layout, bucket, degree, clips, config.recompute)
+    unit = _unit(task)
+    bf16 = isinstance(config.engine, FsdpConfig) and config.engine.gather_dtype == "bf16"
+    used = planner.memory(
+        footprint,
+        layout,
+        target,
+        sharded=sharded,
+        averages=config.ema is not None,
+        frozen_bytes=_frozen_bytes(task),
+        unit_parameters=max(unit, footprint.parameters - 2 * task.model.depth * unit),
+        gather_bytes=2 if bf16 else 4,
+        # Where state is sharded the optimizer is not rehearsed: AdamW keeps two moments, Muon one.
+        state_bytes=footprint.state / footprint.parameters if footprint.state else 8.0,
+    )
+    # Where the optimizer's own step is the worst moment, what it takes stands for activations.
+    update = footprint.update - footprint.state
+    if update > used.activations:
+        used = replace(used, activations=float(update))
+    return _Need(layout, degree, clips, footprint, used)
+
+
+def _row(config: TrainConfig, need: _Need, bucket: Bucket, rate: float) -> Row:
+    assert isinstance(config.task, TextToVideoConfig)
+    plain = _at_depth(
+        config, config.task, need.layout, bucket, need.degree, need.clips, RecomputeConfig()
+    )
+    times = bucket.batch_size * need.degree / need.clips  # passes of a rank's size, over all ranks
+    flops = need.footprint.flops * times
+    seconds = flops / (rate * need.layout.world_size)
+    return Row(bucket, need.degree, need.clips, need.memory, plain.flops * times, flops, seconds)
+
+
+def _at_depth(
+    config: TrainConfig,
+    task: TextToVideoConfig,
+    layout: Layout,
+    bucket: Bucket,
+    degree: int,
+    clips: int,
+    saving: RecomputeConfig,
+) -> Footprint:
+    def at(depth: int) -> Footprint:
+        model = task.model.model_copy(update={"depth": depth})
+        make = partial(
+            _step, task.model_copy(update={"model": model}), layout, bucket, degree, clips, saving
+        )
+        return rehearse(
+            make,
+            partial(optim.build, config.optim),
+            precision=torch.float32 if config.precision == "fp32" else torch.bfloat16,
+            keeps_gradients=not shards(config.engine),
+        )
+
+    depth = task.model.depth
+    return at(depth) if depth < 4 else planner.extrapolate(at(2), at(3), depth)
+
+
+def _step(
+    config: TextToVideoConfig,
+    layout: Layout,
+    bucket: Bucket,
+    degree: int,
+    clips: int,
+    saving: RecomputeConfig,
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The task and its loss on a micro-batch of a bucket, built where tensors have no data."""
+    vae = zoo.build_vae(config.vae or zoo.VAEConfig()).requires_grad_(False)
+    task = TextToVideo(config, vae=vae, text=_text(config), seed=0)
+    recompute.apply(task.model, saving)
+    if layout.sequence > 1:
+        task.sequence = SequenceParallel(ImaginedMesh(layout))  # type: ignore[arg-type]
+    frames = 1 + (bucket.num_frames - 1) // vae.stride[0]
+    size = (bucket.height // vae.stride[1], bucket.width // vae.stride[2])
+    latents = torch.empty(clips, vae.latent_channels, frames, *size)
+    words = config.model.text_channels
+    cond = Condition(
+        torch.empty(clips, TEXT_TOKENS, words),
+        torch.ones(clips, TEXT_TOKENS, dtype=torch.bool),
+        torch.empty(clips, config.model.pooled_channels) if config.model.pooled_channels else None,
+        fps=torch.empty(clips),
+        size=torch.empty(clips, 2),
+    )
+    noise, t = torch.empty_like(latents), torch.empty(clips, frames)
+    return task, lambda: task.loss_at(latents, noise, t, cond, degree).sum()
+
+
+def _text(config: TextToVideoConfig) -> Any:
+    """The text encoder, where it is trained along; a pretrained one is stood in for."""
+    if config.text.kind == "words":
+        return zoo.build_text(config.text)
+    widths = {"channels": config.model.text_channels}
+    return SimpleNamespace(trainable=False, pooled_channels=config.model.pooled_channels, **widths)
+
+
+def _unit(config: TextToVideoConfig) -> int:
+    """Parameters of one block."""
+    with torch.device("meta"):
+        model = zoo.DENOISERS[config.model.kind](
+            config.model.model_copy(update={"depth": 1}), in_channels=1
+        )
+    return sum(p.numel() for p in model.blocks[0].parameters())
+
+
+def _frozen_bytes(config: TextToVideoConfig) -> float:
+    with torch.device("meta"):
+        vae = zoo.build_vae(config.vae or zoo.VAEConfig())
+    return sum(float(p.nbytes) for p in vae.state_dict().values())

@@ -1,0 +1,152 @@
+"""What a plan says is what a run does: parameters, FLOPs, memory."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from train_support import fresh_task, latents, tiny
+
+from opensora.data.buckets import Bucket
+from opensora.engine import planner
+from opensora.engine.flops import FlopCounter
+from opensora.engine.footprint import rehearse
+from opensora.engine.planner import Device
+from opensora.engine.recompute import RecomputeConfig
+from opensora.errors import UsageError
+from opensora.train import forecast as forecasts
+from opensora.train import optim
+from opensora.train.forecast import forecast, suggest
+
+H200 = planner.device("h200")
+LARGER = "data.buckets.resolutions={128px: {17: {batch_size: 3}}}"
+"""Where activations are most of the memory, as in all that is worth planning."""
+
+
+def planned(output: Path, *overrides: str):
+    """A tiny run on synthetic latents of 2 x 4 x 4, which are those of `train_support.latents`."""
+    data = "data={kind: synthetic, buckets: {resolutions: {32px: {5: {batch_size: 3}}}, "
+    data += 'aspect_ratios: ["1:1"]}}'
+    vae = tiny("vae", output).task.vae.model_dump_json()
+    return tiny("stdit", output, data, f"task.vae={vae}", *overrides)
+
+
+def test_parameters_are_exact_and_flops_those_of_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasts, "TEXT_TOKENS", 8)
+    config = planned(tmp_path)
+    found = forecast(config, 1, H200, rate=1e12)
+    task = fresh_task(config)
+    assert found.parameters == sum(p.numel() for p in task.parameters())
+    batch = latents([0, 1, 2])
+    cond = task.condition(batch, [False] * 3)
+    assert cond.tokens.shape[1] <= 8
+    cond = type(cond)(
+        torch.zeros(3, 8, cond.tokens.shape[2]),
+        torch.ones(3, 8, dtype=torch.bool),
+        cond.pooled.detach(),
+        cond.fps,
+        cond.size,
+    )
+    with FlopCounter() as counter:
+        noise = torch.randn_like(batch.latents)
+        task.loss_at(batch.latents, noise, torch.rand(3, 2), cond, 1).sum().backward()
+    (row,) = found.rows
+    assert row.flops == row.model_flops == counter.total
+    assert row.seconds == pytest.approx(counter.total / 1e12)
+
+
+@pytest.mark.parametrize("policy", ["none", "block", "pair"])
+def test_depth_beyond_three_follows_from_two_and_three(policy, tmp_path):
+    config = planned(tmp_path, "task.model.depth=6", f"recompute.policy={policy}", LARGER)
+    quick = forecast(config, 1, H200, rate=1e12)
+    # The whole model, rehearsed.
+    whole = whole_model(config, quick)
+    assert quick.parameters == whole.parameters
+    assert quick.rows[0].flops == whole.flops
+    assert quick.rows[0].memory.activations == pytest.approx(whole.activations, rel=0.01)
+
+
+def whole_model(config, quick):
+    make = partial(
+        forecasts._step, config.task, quick.layout, quick.rows[0].bucket, 1, 3, config.recompute
+    )
+    build = partial(optim.build, config.optim)
+    return rehearse(make, build, precision=torch.float32, keeps_gradients=True)
+
+
+MEASURED = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from opensora.engine import recompute
+from opensora.engine.recompute import RecomputeConfig
+from opensora.models.stdit import STDiT, STDiTConfig
+from opensora.types import Condition
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+torch.set_num_threads(1)
+config = STDiTConfig(width=384, depth=3, num_heads=6, text_channels=64)
+model = STDiT(config, in_channels=4)
+recompute.apply(model, RecomputeConfig(policy=sys.argv[1]))
+x, t = torch.zeros(4, 4, 9, 32, 32), torch.zeros(4, 9)
+cond = Condition(torch.zeros(4, 256, 64), torch.ones(4, 256, dtype=torch.bool))
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+model(x, t, cond).square().sum().backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_peak_memory_is_within_15_percent_of_a_real_step(policy, tmp_path):
+    # Large blocks go back to the system when they are freed, so that what is resident is alive.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURED, policy]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    model = "task.model={kind: stdit, width: 384, depth: 3, num_heads: 6, text_channels: 64}"
+    text = "task.text={kind: words, channels: 64, buckets: 64}"
+    data = "data={kind: synthetic, buckets: {resolutions: {256px: {33: {batch_size: 4}}}, "
+    data += 'aspect_ratios: ["1:1"]}}'
+    vae = "task.vae={kind: causal, latent_channels: 4}"
+    config = tiny("stdit", tmp_path, model, text, data, vae, f"recompute.policy={policy}")
+    (row,) = forecast(config, 1, H200, rate=1e12).rows
+    assert row.memory.activations == pytest.approx(int(done.stdout), rel=0.15)
+
+
+def test_what_does_not_fit_gets_a_suggestion_that_does(tmp_path):
+    config = planned(tmp_path, "task.model.depth=3", LARGER)
+    (row,) = forecast(config, 1, Device(1e12, 1e12, 0), rate=1e12).rows
+    small = Device(0.7 * row.memory.total, 1e12, 0)
+    better = suggest(config, 1, small, row.bucket)
+    assert better is not None and better.recompute != RecomputeConfig()
+    assert forecast(better, 1, small, rate=1e12).peak.memory.total <= small.memory
+    assert suggest(config, 1, Device(1e3, 1e12, 0), row.bucket) is None
+
+
+def test_shared_clips_and_sharded_parameters_take_less(tmp_path):
+    alone = forecast(planned(tmp_path), 1, H200, rate=1e12).peak
+    pair = planned(tmp_path, "parallel.ulysses=2", "engine.kind=fsdp")
+    shared = forecast(pair, 2, H200, rate=1e12).peak
+    assert shared.memory.weights == alone.memory.weights / 2
+    assert shared.memory.activations < alone.memory.activations
+    assert shared.degree == 2
+    # Levels and text are embedded on both, tokens on one.
+    assert alone.model_flops <= shared.model_flops < 2 * alone.model_flops
+
+
+def test_too_few_clips_and_unknown_devices_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="batch size of 3, too few for 4"):
+        forecast(planned(tmp_path), 4, H200, rate=1e12)
+    with pytest.raises(UsageError, match="--gpu h20 is unknown"):
+        planner.device("h20")
+    with pytest.raises(UsageError, match="text_to_video only"):
+        forecast(tiny("vae", tmp_path), 1, H200, rate=1e12)
+    assert isinstance(forecasts._largest(planned(tmp_path))[0], Bucket)
