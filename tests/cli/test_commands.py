@@ -24,6 +24,7 @@ COMMANDS = [
     ["eval"],
     ["report"],
     ["doctor"],
+    ["plan"],
     ["data"],
     ["data", "render"],
     ["data", "probe"],
@@ -297,3 +298,17 @@ def test_the_doctor_looks_and_does_not_break(capsys, tmp_path):
 def test_the_doctor_tells_what_is_broken(capsys, tmp_path):
     assert invoke(["doctor", "--folder", str(tmp_path / "none")]) == 64
     assert "BROKEN  disk" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_a_run_takes_and_refuses_what_does_not_fit(capsys):
+    synthetic = "data={kind: synthetic, buckets: {resolutions: {32px: {5: {batch_size: 6}}}}}"
+    given = ["plan", TINY / "stdit.yaml", synthetic, "task.vae_from=null", "--gpus", 2]
+    text = tell(capsys, *given, "--rate", 1, "--price", 2)
+    assert "parameters on 2 h200 (dp_replicate 2)" in text
+    assert "1 TFLOP/s a device, as given" in text
+    assert "20 steps" in text and "at 2 an hour" in text
+    shared = tell(capsys, *given, "parallel.ulysses=2", "engine.kind=fsdp")
+    assert "(ulysses 2)" in shared
+    assert invoke([str(a) for a in (*given, "--gpu", "h20")]) == 64
+    assert "Did you mean 'h200'?" in capsys.readouterr().err
+    assert invoke([str(a) for a in (*given, "parallel.ring=3")]) == 64
