@@ -39,9 +39,13 @@ COMMANDS = [
 
 def words_of(line: str) -> list[str]:
     """A command without the launcher in front of it."""
-    words = shlex.split(line)
+    words = shlex.split(line.partition("|")[0])
+    while "=" in words[0]:  # the environment
+        words = words[1:]
     if words[0] == "torchrun":
         words = ["opensora", *words[words.index("opensora") + 1 :]]
+    if words[0] == "sbatch":
+        words = ["bash", *words[next(i for i, w in enumerate(words) if w.endswith(".sh")) :]]
     return words
 
 
@@ -53,6 +57,7 @@ def test_a_command_is_one_that_there_is(line):
         return
     assert program in ("bash", "python"), "documents use opensora, torchrun, bash and python"
     source = (ROOT / words[0]).read_text(encoding="utf-8")
+    assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
     for option in (word for word in words[1:] if word.startswith("--")):
         assert option in source
 

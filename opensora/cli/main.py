@@ -6,8 +6,11 @@ refusals are quick.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -52,7 +55,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     goes on. Training listens for itself.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(invoke(sys.argv[1:] if arguments is None else arguments))
+    code = invoke(sys.argv[1:] if arguments is None else arguments)
+    _tell_launcher(code)
+    sys.exit(code)
+
+
+def _tell_launcher(code: int) -> None:
+    """Leave the exit code where a launcher asks for it: torchrun keeps no worker's."""
+    file = os.environ.get("OPENSORA_EXIT_FILE")
+    if file and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # the code itself is told by every other way as well
+            Path(file).write_text(f"{code}\n")
 
 
 def invoke(arguments: list[str]) -> int:

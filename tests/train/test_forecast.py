@@ -95,8 +95,10 @@ torch.set_num_threads(1)
 config = STDiTConfig(width=384, depth=3, num_heads=6, text_channels=64)
 model = STDiT(config, in_channels=4)
 recompute.apply(model, RecomputeConfig(policy=sys.argv[1]))
-x, t = torch.zeros(4, 4, 9, 32, 32), torch.zeros(4, 9)
-cond = Condition(torch.zeros(4, 256, 64), torch.ones(4, 256, dtype=torch.bool))
+x, t = torch.zeros(2, 4, 5, 32, 32), torch.zeros(2, 5)
+cond = Condition(torch.zeros(2, 256, 64), torch.ones(2, 256, dtype=torch.bool))
+model(x, t, cond).square().sum().backward()  # after it libraries have their buffers
+model.zero_grad()
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
 model(x, t, cond).square().sum().backward()
@@ -106,19 +108,19 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("policy", ["none", "block"])
-def test_peak_memory_is_within_15_percent_of_a_real_step(policy, tmp_path):
+def test_peak_memory_is_within_5_percent_of_a_real_step(policy, tmp_path):
     # Large blocks go back to the system when they are freed, so that what is resident is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURED, policy]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     model = "task.model={kind: stdit, width: 384, depth: 3, num_heads: 6, text_channels: 64}"
     text = "task.text={kind: words, channels: 64, buckets: 64}"
-    data = "data={kind: synthetic, buckets: {resolutions: {256px: {33: {batch_size: 4}}}, "
+    data = "data={kind: synthetic, buckets: {resolutions: {256px: {17: {batch_size: 2}}}, "
     data += 'aspect_ratios: ["1:1"]}}'
     vae = "task.vae={kind: causal, latent_channels: 4}"
     config = tiny("stdit", tmp_path, model, text, data, vae, f"recompute.policy={policy}")
     (row,) = forecast(config, 1, H200, rate=1e12).rows
-    assert row.memory.activations == pytest.approx(int(done.stdout), rel=0.15)
+    assert row.memory.activations == pytest.approx(int(done.stdout), rel=0.05)
 
 
 def test_what_does_not_fit_gets_a_suggestion_that_does(tmp_path):
