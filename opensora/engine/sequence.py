@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from opensora.dist.collectives import exchange, share, shares
 from opensora.dist.mesh import Layout, Mesh
 from opensora.dist.ulysses import SequenceGroups, attend_sharded
-from opensora.errors import UsageError
+from opensora.errors import DataError, UsageError
 from opensora.models.stdit import Places, STDiT
 from opensora.ops.attention import FlashBlock
 from opensora.types import Condition
@@ -63,6 +64,27 @@ class SequenceParallel:
         """This rank's frames of a clip."""
         groups = self.groups(degree)
         return share(num_frames, groups.rank, groups.size)
+
+    def check_same(self, sample_ids: Tensor, degree: int, device: torch.device) -> None:
+        """See that the ranks which share clips have read the same ones.
+
+        Args:
+            sample_ids: int64 (B,).
+
+        Raises:
+            DataError: one of them had to replace a sample that others could read.
+        """
+        flat = self.groups(degree).flat
+        if flat is None:
+            return
+        mine = sample_ids.to(device)
+        others = flat.all_gather(mine, [mine.shape] * flat.size)
+        if not all(torch.equal(mine, other) for other in others):
+            raise DataError(
+                "ranks that share a clip have read different samples, "
+                f"{[other.tolist() for other in others]}: a file can be read on some ranks only. "
+                "Look at the storage of each, then run the same command again"
+            )
 
     def run(self, model: nn.Module, x: Tensor, t: Tensor, cond: Condition, degree: int) -> Tensor:
         """model(x, t, cond) for this rank's frames.

@@ -187,6 +187,7 @@ class TextToVideo(Task):
     def forward(self, batch: LatentBatch | VideoBatch, step: int) -> StepLoss:
         latents = self.latents(batch)  # B C T H W
         frames, ids = latents.shape[2], batch.sample_ids
+        self.sequence.check_same(ids, self.sharing(batch), self.device)
         draw = lambda purpose, count=1: runtime.uniform(  # noqa: E731
             ids, self.seed, purpose, step, count=count
         )

@@ -10,7 +10,7 @@ from opensora.dist.groups import traffic
 from opensora.dist.mesh import Layout
 from opensora.dist.ulysses import SequenceGroups
 from opensora.engine.sequence import PLANS, SequenceParallel, check
-from opensora.errors import UsageError
+from opensora.errors import DataError, UsageError
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
@@ -119,6 +119,20 @@ def test_a_pair_of_blocks_takes_two_exchanges_and_half_the_bytes_of_ulysses():
     }
     assert {t.calls for t in shared} == {2 * depth}  # q, k, v packed in one, the result in another
     assert sum(t.sent for t in traded) * 2 <= sum(t.sent for t in shared)
+
+
+def test_ranks_that_read_different_samples_of_a_clip_are_found_out():
+    every = ends(2, 1)
+
+    def work(rank, other):
+        mesh = ThreadMesh(Layout(ulysses=2), every, rank)
+        ids = torch.tensor([3, 4 if rank == 0 else other])
+        SequenceParallel(mesh).check_same(ids, 2, torch.device("cpu"))
+        return True
+
+    assert all(run(2, lambda rank: work(rank, 4)))
+    with pytest.raises(DataError, match=r"\[\[3, 4\], \[3, 9\]\]"):
+        run(2, lambda rank: work(rank, 9))
 
 
 def test_models_without_a_plan_are_refused():
