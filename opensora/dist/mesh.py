@@ -9,9 +9,7 @@ dp_shard, ring and ulysses together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
-from typing import Any
 
 import torch.distributed as dist
 from pydantic import Field
@@ -164,10 +162,3 @@ class Mesh:
         by `degree` ranks; those take the same part."""
         together = degree * self.layout.tp
         return self.rank // together, self.layout.world_size // together
-
-    @cached_property
-    def device_mesh(self) -> Any:
-        """The same as torch's DeviceMesh with the names of AXES."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        return init_device_mesh(self.device_type, self.layout.sizes, mesh_dim_names=AXES)

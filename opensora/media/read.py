@@ -169,7 +169,7 @@ class _Store:
             )
         self._refuse_excess(max(count + 1, self._num_frames or 0), pixels.nbytes)
         if self._num_frames is None:
-            self._frames.append(pixels)
+            self._frames.append(np.array(pixels, order="C"))
             return
         if self._array is None:
             self._array = np.empty((self._num_frames, *pixels.shape), np.uint8)
