@@ -72,6 +72,10 @@ class Runtime:
             torch.distributed.destroy_process_group()
 
 
+ALONE = Runtime(0, 1, 0, torch.device("cpu"))
+"""One process on the CPU."""
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device that `name` means; 'auto' takes CUDA, then MPS, then the CPU.
 

@@ -32,7 +32,7 @@ from opensora.disk import (
     sync_folder,
     write_synced,
 )
-from opensora.errors import DataError, OpensoraError, UsageError
+from opensora.errors import DataError, OpensoraError, StorageError, UsageError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -60,7 +60,12 @@ class Manifest:
 
 @contextmanager
 def write(
-    path: str | Path, *, kind: str, meta: dict[str, Any], replace: bool = False
+    path: str | Path,
+    *,
+    kind: str,
+    meta: dict[str, Any],
+    replace: bool = False,
+    known: dict[str, FileRecord] | None = None,
 ) -> Iterator[Path]:
     """Write a folder that appears at `path` whole or not at all.
 
@@ -73,6 +78,8 @@ def write(
         replace: let the new folder take the place of a complete one. The old one is moved aside
             until the new one stands; after a crash between the two, the next reader or writer
             puts it back.
+        known: records of files that whoever wrote them has synced and digested already; read when
+            the block ends, as `meta` is.
 
     Raises:
         UsageError: `path` exists, or the content cannot be recorded.
@@ -87,7 +94,7 @@ def write(
     try:
         with storage_errors(path):
             yield temporary
-            _commit(temporary, kind, meta, _next_moment(path.parent))
+            _commit(temporary, kind, meta, known or {}, _next_moment(path.parent))
             _publish(temporary, path, replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -263,18 +270,22 @@ def _next_moment(root: Path) -> int:
         return time.time_ns()
 
 
-def _commit(folder: Path, kind: str, meta: dict[str, Any], moment: int) -> None:
+def _commit(
+    folder: Path, kind: str, meta: dict[str, Any], known: dict[str, FileRecord], moment: int
+) -> None:
     """Make every file durable, then write the manifest that says so."""
     names = _list_files(folder)
+    missing = sorted(known.keys() - set(names))
+    if missing:
+        raise StorageError(
+            f"{folder / missing[0]} was written by another process and cannot be seen by this one: "
+            "both need the same file system"
+        )
     if MANIFEST_NAME in names:
         raise UsageError(f"{folder}: the name {MANIFEST_NAME} is taken by the store itself")
 
-    def sync_and_digest(name: str) -> FileRecord:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-        return digest(folder / name)
-
-    records = dict(zip(names, in_threads(sync_and_digest, names), strict=True))
+    rest = [name for name in names if name not in known]
+    records = dict(zip(rest, in_threads(lambda n: seal(folder / n), rest), strict=True)) | known
     document = asdict(Manifest(kind, meta, records, moment))
     try:
         text = _manifest_text({"digest": _text_digest(document), **document})
@@ -284,6 +295,13 @@ def _commit(folder: Path, kind: str, meta: dict[str, Any], moment: int) -> None:
     write_synced(folder / MANIFEST_NAME, content)
     for subfolder, _, _ in os.walk(folder, topdown=False):
         sync_folder(Path(subfolder))
+
+
+def seal(path: Path) -> FileRecord:
+    """Make a file durable; returns its record."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return digest(path)
 
 
 def _publish(temporary: Path, path: Path, replace: bool) -> None:

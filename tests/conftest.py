@@ -85,7 +85,7 @@ def _write_runs(world: World) -> None:
     """Checkpoints as training would leave them after step 1, without the training."""
     from opensora import config, runtime
     from opensora.data import sources
-    from opensora.engine import checkpoint
+    from opensora.engine import checkpoint, saving
     from opensora.train.config import TrainConfig
     from opensora.train.run import build_task, needs_of, settle
 
@@ -108,7 +108,7 @@ def _write_runs(world: World) -> None:
             frozen=task.frozen(),
             progress={"shape": task.shape(next(source.train(0)))},
         )
-        checkpoint.save(folder / "checkpoints", snapshot, keep=1)
+        saving.save(folder / "checkpoints", snapshot, keep=1)
 
 
 def _encode(world: World) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from opensora import __version__
-from opensora.cli import data, inspect, run
+from opensora.cli import checkpoints, data, inspect, run
 from opensora.errors import OpensoraError, Preempted, StorageError, UsageError, did_you_mean
 
 # Typer may bring its own copy of click; its exceptions are reached through the public one.
@@ -37,6 +37,7 @@ app.add_typer(data.app, name="data", help="Render, probe and check training data
 app.add_typer(inspect.config_app, name="config", help="Show configs and their schema.")
 run.register(app)
 inspect.register(app)
+checkpoints.register(app)
 
 
 @app.callback(invoke_without_command=True)

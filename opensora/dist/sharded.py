@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -19,9 +20,18 @@ def local(value: Tensor) -> Tensor:
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A full tensor that every rank has, sharded as `like` is; nothing is sent."""
-    if not isinstance(like, DTensor):
+    """A full tensor that every rank has, sharded as `like` is; nothing is sent. What is sharded
+    already stays as it is."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(
         value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
+
+
+def room(shape: torch.Size, dtype: torch.dtype, like: Tensor | None) -> Tensor:
+    """An uninitialised tensor: sharded as `like` is where it is sharded and of this shape,
+    otherwise whole and on the CPU."""
+    if like is not None and like.shape == shape and isinstance(like, DTensor):
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)

@@ -1,35 +1,38 @@
 """Checkpoints: everything a run needs to go on as if it had not stopped, in one digested folder.
 
-`step-000500/` holds weights, EMA, optimizer and frozen parts as safetensors, the trainer's progress
-and the resolved config as JSON. Nothing is unpickled. The store's manifest is the commit point.
+`step-000500/` holds weights, EMA, optimizer and frozen parts as safetensors, whole or in shards,
+the trainer's progress and the resolved config as JSON. Nothing is unpickled. The store's manifest
+is the commit point. `engine.saving` writes them, on any layout; any other layout reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from opensora import store
 from opensora.config import AnyConfig, validate
-from opensora.errors import CheckpointError, StorageError, UsageError
+from opensora.engine import shards
+from opensora.engine.shards import Like, Tensors
+from opensora.errors import CheckpointError, UsageError
+from opensora.runtime import ALONE, Runtime
 
 KIND = "checkpoint"
 CONFIG_NAME = "config.json"
 PROGRESS_NAME = "progress.json"
-Tensors = dict[str, Tensor]
+PARTS = ("weights", "ema", "optimizer", "frozen")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run between two steps.
+    """The state of a run between two steps; tensors are whole, or sharded over ranks (DTensor).
 
     Attributes:
         step: how many steps are done.
@@ -48,46 +51,6 @@ class Snapshot:
     optimizer: Tensors = field(default_factory=dict)
     frozen: Tensors = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
-
-
-def save(root: str | Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Commit a snapshot under `root`, point `latest` at it, and prune to the newest `keep`.
-
-    Raises:
-        StorageError: the disk is full or failing; earlier checkpoints are untouched.
-    """
-    root = Path(root)
-    path = root / f"step-{snapshot.step:06d}"
-    with store.write(path, kind=KIND, meta={"step": snapshot.step}, replace=True) as folder:
-        for name in ("weights", "ema", "optimizer", "frozen"):
-            tensors = getattr(snapshot, name)
-            if tensors:
-                _write(tensors, folder / f"{name}.safetensors")
-        (folder / CONFIG_NAME).write_text(snapshot.config, encoding="utf-8")
-        progress = json.dumps(snapshot.progress, indent=1, ensure_ascii=False)
-        (folder / PROGRESS_NAME).write_text(progress, encoding="utf-8")
-    store.set_pointer(root, path.name)
-    store.prune(root, keep, kind=KIND)
-    return path
-
-
-def _write(tensors: Tensors, path: Path) -> None:
-    own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    try:
-        save_file(_unshared(own), path)
-    except SafetensorError as error:  # what it says of a disk that refuses has no errno
-        raise StorageError(f"{path} cannot be written: {error}") from None
-
-
-def _unshared(tensors: Tensors) -> Tensors:
-    """Tensors that share memory, copied: safetensors stores each on its own."""
-    seen: set[int] = set()
-    result = {}
-    for name, value in tensors.items():
-        pointer = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return result
 
 
 def find(path: str | Path) -> Path:
@@ -121,45 +84,92 @@ def committed(root: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def load_newest(root: str | Path) -> tuple[Path, Snapshot] | None:
+def open_newest(root: str | Path, place: Runtime = ALONE) -> Opened | None:
     """The checkpoint of the highest step under `root`, or None where there is none.
 
+    Collective over the ranks of `place`.
+
     Raises:
-        CheckpointError: it is damaged; the message says what removing it would lead to.
+        CheckpointError: it is damaged, and the message says what removing it would lead to; or
+            ranks find different ones.
     """
     found = committed(root)
+    names = place.gather_objects([path.name for path in found[-1:]])
+    if any(name != names[0] for name in names):
+        raise CheckpointError(
+            f"ranks find different checkpoints in {root}: {names}. All ranks need to see the same "
+            "file system"
+        )
     if not found:
         return None
     try:
-        return found[-1], load(found[-1])
+        return Opened(found[-1], place)
     except CheckpointError as error:
         outcome = f"go on from {found[-2].name}" if found[1:] else "start again"
         raise CheckpointError(f"{error}. Remove {found[-1]} to {outcome}") from None
 
 
-def load(path: str | Path, *, parts: tuple[str, ...] | None = None) -> Snapshot:
-    """Read a checkpoint after checking its digests.
+class Opened:
+    """A checkpoint whose content has just been verified, to be read from.
+
+    Ranks share the digesting: each verifies some of the files. Collective over `place`.
 
     Args:
-        parts: which of 'weights', 'ema', 'optimizer', 'frozen' to read; all by default.
+        parts: which of `PARTS` will be read.
 
     Raises:
         CheckpointError: missing, torn or damaged; the message names the damaged tensor.
     """
-    path = Path(path)
-    manifest = store.read_manifest(path, kind=KIND, error=CheckpointError)
-    wanted = parts or ("weights", "ema", "optimizer", "frozen")
-    files = [f"{p}.safetensors" for p in wanted if f"{p}.safetensors" in manifest.files]
-    documents = [CONFIG_NAME, PROGRESS_NAME]
-    store.open_verified(path, kind=KIND, files=[*files, *documents], error=CheckpointError)
-    try:
-        tensors = {name.partition(".")[0]: load_file(path / name) for name in files}
-        config = (path / CONFIG_NAME).read_text(encoding="utf-8")
-        progress = json.loads((path / PROGRESS_NAME).read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+    def __init__(self, path: str | Path, place: Runtime = ALONE, parts: Sequence[str] = PARTS):
+        self.path = Path(path)
+        self.manifest = store.read_manifest(self.path, kind=KIND, error=CheckpointError)
+        names = list(self.manifest.files)
+        self._files = {part: shards.files_of(part, names) for part in parts}
+        files = [CONFIG_NAME, PROGRESS_NAME, *itertools.chain(*self._files.values())]
+        self._verify(files, place)
+        self.step: int = self.manifest.meta["step"]
+        try:
+            self.config = (self.path / CONFIG_NAME).read_text(encoding="utf-8")
+            progress = (self.path / PROGRESS_NAME).read_text(encoding="utf-8")
+            self.progress: dict[str, Any] = json.loads(progress)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+
+    def _verify(self, files: list[str], place: Runtime) -> None:
+        problem = ""
+        try:
+            mine = files[place.rank :: place.world_size]
+            store.open_verified(self.path, kind=KIND, files=mine, error=CheckpointError)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [found for found in place.gather_objects(problem) if found]
+        if problems:
+            raise CheckpointError(problems[0])
+
+    def read(self, part: str, like: Like | None = None) -> Tensors:
+        """The tensors of a part; empty where the checkpoint has none.
+
+        Args:
+            like: as in `shards.read`.
+        """
+        files = [self.path / name for name in self._files[part]]
+        return shards.read(files, like) if files else {}
+
+
+def load(path: str | Path, *, parts: Sequence[str] = PARTS) -> Snapshot:
+    """Read a checkpoint into whole tensors, after checking its digests.
+
+    Args:
+        parts: which of `PARTS` to read.
+
+    Raises:
+        CheckpointError: as `Opened` does.
+    """
+    found = Opened(path, parts=parts)
+    tensors = {part: found.read(part) for part in parts}
     weights = tensors.pop("weights", {})
-    return Snapshot(manifest.meta["step"], config, weights, progress=progress, **tensors)
+    return Snapshot(found.step, found.config, weights, progress=found.progress, **tensors)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

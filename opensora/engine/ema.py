@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opensora.config import Config
-from opensora.dist.sharded import local, placed, whole
+from opensora.dist.sharded import local, placed
 from opensora.errors import CheckpointError
 
 
@@ -74,8 +74,8 @@ class EMA:
                 p.copy_(kept[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The full averages by name. Collective where they are sharded."""
-        return {name: whole(average) for name, average in self.averages.items()}
+        """The averages by name, sharded as the parameters are."""
+        return dict(self.averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -111,7 +111,7 @@ class FsdpEngine(Engine):
         )
 
     def state_dict(self) -> State:
-        return interface.collect(self.module, self.optimizers, keep=self.runtime.is_main)
+        return interface.collect(self.module, self.optimizers)
 
     def load_state_dict(self, state: State) -> None:
         interface.restore(self.module, self.optimizers, state)

@@ -67,11 +67,15 @@ class Engine(ABC):
 
     @abstractmethod
     def state_dict(self) -> State:
-        """Full 'weights' and 'optimizer' state by parameter name, on rank 0. Collective."""
+        """'weights' and 'optimizer' state by parameter name, as it lies on the ranks: sharded
+        (DTensor), or whole, and then rank 0's is what counts. Collective."""
 
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
         """Restore what `state_dict` gave, on every rank, whatever engine gave it.
+
+        Args:
+            state: whole tensors, or sharded as `like` says; emptied, to save memory.
 
         Raises:
             CheckpointError: naming the tensors that are missing, left over or of another shape.
@@ -107,36 +111,35 @@ def update(
     return Update(norm, accepted)
 
 
-def collect(module: nn.Module, optimizers: Optimizers, *, keep: bool) -> State:
-    """`Engine.state_dict` of a module whose tensors are whole or sharded by torch.
-
-    Args:
-        keep: whether this rank wants the result; the others help to gather it.
-    """
+def collect(module: nn.Module, optimizers: Optimizers) -> State:
+    """`Engine.state_dict` of a module whose tensors are whole or sharded by torch."""
     names = {id(p): name for name, p in module.named_parameters()}
-    state: State = {"weights": {}, "optimizer": {}}
-    for name, value in module.state_dict().items():
-        _keep(state["weights"], name, value, keep)
-    for optimizer in optimizers:
-        for parameter, values in optimizer.state.items():
-            for key, value in values.items():
-                full_name = f"{names[id(parameter)]}/{key}"
-                _keep(state["optimizer"], full_name, torch.as_tensor(value), keep)
-    return state
+    return {
+        "weights": dict(module.state_dict()),
+        "optimizer": {
+            f"{names[id(parameter)]}/{key}": torch.as_tensor(value)
+            for optimizer in optimizers
+            for parameter, values in optimizer.state.items()
+            for key, value in values.items()
+        },
+    }
 
 
-def _keep(table: dict[str, Tensor], name: str, value: Tensor, keep: bool) -> None:
-    full = whole(value)
-    if keep:
-        table[name] = full if full is value else full.cpu()
+def like(module: nn.Module) -> Callable[[str], Tensor | None]:
+    """The parameter that a name of `collect`'s belongs to, or None: what is read for it is sharded
+    as it is."""
+    known = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    return lambda name: known.get(name.rpartition("/")[0] or name)
 
 
 def restore(module: nn.Module, optimizers: Optimizers, state: State) -> None:
-    """`Engine.load_state_dict` of such a module."""
-    load_weights(module, state["weights"])
+    """`Engine.load_state_dict` of such a module; empties `state` as it goes, to save memory."""
+    load_weights(module, state.pop("weights"))
     parameters = dict(module.named_parameters())
     owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, value in state["optimizer"].items():
+    optimizer = state.pop("optimizer")
+    while optimizer:
+        name, value = optimizer.popitem()
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters.get(parameter_name)
         if parameter is None or id(parameter) not in owner:

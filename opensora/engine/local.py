@@ -69,7 +69,7 @@ class LocalEngine(Engine):
         )
 
     def state_dict(self) -> State:
-        return interface.collect(self.module, self.optimizers, keep=True)
+        return interface.collect(self.module, self.optimizers)
 
     def load_state_dict(self, state: State) -> None:
         interface.restore(self.module, self.optimizers, state)

@@ -57,6 +57,11 @@ class CheckpointConfig(Config):
         default=500, ge=0, description="steps between checkpoints; 0 saves at the end only"
     )
     keep: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    background: bool = Field(
+        default=False,
+        description="write while training goes on, from copies in host memory; the one at the end, "
+        "or when a signal stops the run, is waited for",
+    )
 
 
 class ValidationConfig(Config):

@@ -31,6 +31,7 @@ class Totals:
         flops: of forward and backward.
         metrics: means by name.
         asked: what any rank was asked for.
+        unwritten: ranks that still write a checkpoint.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class Totals:
     flops: float
     metrics: dict[str, float]
     asked: Asked
+    unwritten: float = 0.0
 
 
 def exchange(
@@ -50,6 +52,7 @@ def exchange(
     replaced: float,
     flops: float,
     asked: Asked,
+    unwritten: bool = False,
 ) -> Totals:
     """Add up the outputs of this rank's micro-batches and those of the other ranks.
 
@@ -59,10 +62,10 @@ def exchange(
     pairs = [pair for o in outputs for pair in ((o.total, o.count), *(o.metrics[n] for n in names))]
     flat = torch.stack([value.detach().float() for pair in pairs for value in pair])
     sums = flat.cpu().double().view(len(outputs), -1, 2).sum(0)  # rows 2
-    counts = [[tokens, replaced], [asked.stop, asked.save], [flops, 0.0]]
+    counts = [[tokens, replaced], [asked.stop, asked.save], [flops, unwritten]]
     extra = torch.tensor(counts, dtype=torch.float64)
     table = runtime.all_reduce(torch.cat([sums, extra])).tolist()
-    (loss, count), *metrics, (tokens_, replaced_), (stop, save), (flops_, _) = table
+    (loss, count), *metrics, (tokens_, replaced_), (stop, save), (flops_, unwritten_) = table
     return Totals(
         loss=loss / max(1.0, count),
         count=count,
@@ -71,6 +74,7 @@ def exchange(
         flops=flops_,
         metrics={name: mean(*pair) for name, pair in zip(names, metrics, strict=True)},
         asked=Asked(stop > 0, save > 0),
+        unwritten=unwritten_,
     )
 
 

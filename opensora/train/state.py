@@ -9,10 +9,11 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from opensora.engine import checkpoint
-from opensora.engine.checkpoint import Snapshot
+from opensora.engine import checkpoint, interface
+from opensora.engine.checkpoint import Opened, Snapshot
 from opensora.engine.ema import EMA
 from opensora.engine.interface import Engine
+from opensora.engine.saving import Saving
 from opensora.errors import StorageError, UsageError
 from opensora.runtime import Runtime, log
 from opensora.train.config import TrainConfig
@@ -31,6 +32,7 @@ class RunState:
     Attributes:
         ema: averages of the trained weights, or None.
         root: where the checkpoints are.
+        pending: the checkpoint that is being written while training goes on.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class RunState:
         self.ema = EMA(task, config.ema) if config.ema is not None else None
         self.guard = Guard(config.guard)
         self.progress = Progress()
+        self.pending: Saving | None = None
         self.root = config.output / "checkpoints"
         self._data = data
 
@@ -55,27 +58,28 @@ class RunState:
             CheckpointError: it is damaged.
             UsageError: another config, other data or other frozen weights wrote it.
         """
-        newest = checkpoint.load_newest(self.root)
-        if newest is None:
+        found = checkpoint.open_newest(self.root, self.runtime)
+        if found is None:
             return False
-        path, snapshot = newest
-        self._check_ingredients(path, snapshot)
-        self.engine.load_state_dict({"weights": snapshot.weights, "optimizer": snapshot.optimizer})
+        self._check_ingredients(found)
+        like = interface.like(self.task)
+        parts = ("weights", "optimizer")
+        self.engine.load_state_dict({part: found.read(part, like) for part in parts})
         if self.ema is not None:
-            self.ema.load_state_dict(snapshot.ema)
-        self.guard.restore(snapshot.progress["guard"])
-        self.progress = Progress.restored(snapshot.progress)
-        log.info("resumed %s at step %d of %d", path, self.progress.step, self.config.steps)
+            self.ema.load_state_dict(found.read("ema", self.ema.averages.get))
+        self.guard.restore(found.progress["guard"])
+        self.progress = Progress.restored(found.progress)
+        log.info("resumed %s at step %d of %d", found.path, self.progress.step, self.config.steps)
         return True
 
-    def _check_ingredients(self, path: Path, snapshot: Snapshot) -> None:
-        self.config.check_resumable(snapshot.config, str(path))
-        for key, found in self._ingredients.items():
-            same = snapshot.progress["ingredients"][key] == found
+    def _check_ingredients(self, found: Opened) -> None:
+        self.config.check_resumable(found.config, str(found.path))
+        for key, content in self._ingredients.items():
+            same = found.progress["ingredients"][key] == content
             if not same and not self.config.accepts_change_of(key):
                 raise UsageError(
-                    f"{path} was trained with another content of {key}: use a new output= for the "
-                    "changed run, bring the old content back, or accept the change with "
+                    f"{found.path} was trained with another content of {key}: use a new output= "
+                    "for the changed run, bring the old content back, or accept the change with "
                     f"resume_despite=[{key}]"
                 )
 
@@ -92,23 +96,43 @@ class RunState:
         Raises:
             StorageError: on every rank, when a checkpoint that must be is not.
         """
-        path, problem = None, ""
-        snapshot = self._snapshot()
-        if self.runtime.is_main:
-            try:
-                path = checkpoint.save(self.root, snapshot, keep=self.config.checkpoint.keep)
-            except StorageError as error:
-                problem = str(error)
-                required = required or not checkpoint.committed(self.root)
-        path, problem, required = self.runtime.gather_objects((path, problem, required))[0]
-        if problem and required:
-            raise StorageError(problem)
-        if problem:
-            log.error("%s. Training goes on; %s has what is saved", problem, self.root)
+        self.settle()
+        return self._finish(self._begin(background=False), required=required)
+
+    def save_in_background(self) -> None:
+        """Begin a checkpoint that `settle` commits; an earlier one is settled first."""
+        self.settle()
+        self.pending = self._begin(background=True)
+
+    def settle(self) -> None:
+        """Commit the checkpoint that is being written, if there is one. Collective.
+
+        Raises:
+            StorageError: on every rank, when it failed and no earlier one stands.
+        """
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self._finish(pending, required=False)
+
+    def _begin(self, *, background: bool) -> Saving:
+        keep = self.config.checkpoint.keep
+        return Saving(
+            self.root, self._snapshot(), keep=keep, place=self.runtime, background=background
+        )
+
+    def _finish(self, saving: Saving, *, required: bool) -> Path | None:
+        try:
+            path = saving.finish()
+        except StorageError as error:
+            stands = self.runtime.gather_objects(bool(checkpoint.committed(self.root)))[0]
+            if required or not stands:
+                raise
+            log.error("%s. Training goes on; %s has what is saved", error, self.root)
+            return None
+        log.info("saved %s; training waited %.1f s", path.name, saving.seconds)
         return path
 
     def _snapshot(self) -> Snapshot:
-        """On rank 0; the others help to gather it."""
         state = self.engine.state_dict()
         return Snapshot(
             step=self.progress.step,

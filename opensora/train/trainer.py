@@ -131,6 +131,7 @@ class Trainer:
             replaced=getattr(batch, "replaced", 0) / self.task.sharing(batch),
             flops=flops,
             asked=self.requests.take(),
+            unwritten=self.state.pending is not None and not self.state.pending.written,
         )
         self.meter.add(tokens=totals.tokens, flops=totals.flops)
         reasons: list[str | None] = []
@@ -220,6 +221,8 @@ class Trainer:
                 f"stopped by a signal after step {step} of {config.steps}; everything is saved in "
                 f"{self.state.root}, run the same command to go on"
             )
+        if not totals.unwritten:
+            self.state.settle()
         if step == config.steps:
             return
         if _due(step, config.validation.every):
@@ -227,7 +230,10 @@ class Trainer:
         if _due(step, config.samples.every):
             self._sample()
         if totals.asked.save or _due(step, config.checkpoint.every):
-            self.state.save(required=False)
+            if config.checkpoint.background:
+                self.state.save_in_background()
+            else:
+                self.state.save(required=False)
 
     def validate(self) -> dict[str, float] | None:
         """Metrics of the validation set on the averaged weights, recorded and returned."""

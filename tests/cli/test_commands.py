@@ -3,6 +3,8 @@
 import errno
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,6 +27,8 @@ COMMANDS = [
     ["report"],
     ["doctor"],
     ["plan"],
+    ["verify"],
+    ["export"],
     ["data"],
     ["data", "render"],
     ["data", "probe"],
@@ -198,6 +202,38 @@ def test_checkpoints_that_cannot_be_used_are_refused_with_66(refused, world, tmp
         code, line = refused(*command)
         assert code == 66
         assert "damaged tensors: '" in line
+    code, line = refused("verify", tmp_path / "run")
+    assert (code, "step-000001 is damaged" in line) == (66, True)
+
+
+def test_what_is_sound_and_what_is_damaged_is_told_down_to_the_tensor(capsys, world, tmp_path):
+    for sound in (world.generator, world.latents):
+        lines = tell(capsys, "verify", sound).splitlines()
+        assert lines
+        assert all(line.startswith("sound") and "MiB" in line for line in lines)
+    copy = tmp_path / "copy"
+    shutil.copytree(world.generator, copy)
+    weights = next(copy.rglob("weights.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert invoke(["verify", str(copy)]) == 66
+    told = capsys.readouterr().out
+    assert re.search(r"^damaged .*step-000001  weights\.safetensors: damaged tensors: '", told)
+    assert invoke(["verify", str(tmp_path / "nothing")]) == 64
+
+
+def test_an_export_draws_what_its_checkpoint_draws(capsys, world, tmp_path):
+    from opensora.infer.pipeline import VideoPipeline
+
+    tell(capsys, "export", world.generator, tmp_path / "exported")
+    first, second = (
+        VideoPipeline.from_pretrained(path) for path in (world.generator, tmp_path / "exported")
+    )
+    assert first.fingerprint == second.fingerprint
+    sizes = [
+        sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        for folder in (tmp_path / "exported", world.generator)
+    ]
+    assert sizes[0] <= sizes[1]
 
 
 def test_a_folder_that_takes_no_files_is_refused_with_74(refused, world):

@@ -8,7 +8,7 @@ import torch
 
 from opensora import store
 from opensora.arena.scenes import SceneConfig
-from opensora.engine import checkpoint
+from opensora.engine import checkpoint, saving, shards
 from opensora.engine.checkpoint import Snapshot
 from opensora.errors import CheckpointError, StorageError
 
@@ -42,7 +42,7 @@ def flip(path: Path, position: int) -> None:
 
 def test_a_snapshot_survives_the_disk(tmp_path):
     whole = snapshot(3)
-    path = checkpoint.save(tmp_path, whole, keep=2)
+    path = saving.save(tmp_path, whole, keep=2)
     assert path == tmp_path / "step-000003"
     again = checkpoint.load(path)
     for part in ("weights", "ema", "optimizer", "frozen"):
@@ -54,7 +54,7 @@ def test_a_snapshot_survives_the_disk(tmp_path):
 
 
 def test_parts_are_read_alone(tmp_path):
-    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    path = saving.save(tmp_path, snapshot(1), keep=1)
     flip(path / "optimizer.safetensors", -1)
     assert checkpoint.load(path, parts=("weights", "ema")).optimizer == {}
     with pytest.raises(CheckpointError, match=r"a\.weight/step"):
@@ -63,7 +63,7 @@ def test_parts_are_read_alone(tmp_path):
 
 @pytest.mark.parametrize("part", ["weights.safetensors", "config.json", "progress.json"])
 def test_every_flipped_byte_is_found(part, tmp_path):
-    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    path = saving.save(tmp_path, snapshot(1), keep=1)
     whole = (path / part).read_bytes()
     for position in range(0, len(whole), max(1, len(whole) // 40)):
         flip(path / part, position)
@@ -74,7 +74,7 @@ def test_every_flipped_byte_is_found(part, tmp_path):
 
 
 def test_damage_names_the_tensor(tmp_path):
-    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    path = saving.save(tmp_path, snapshot(1), keep=1)
     file = path / "weights.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little")
     offsets = json.loads(file.read_bytes()[8 : 8 + header])
@@ -86,7 +86,7 @@ def test_damage_names_the_tensor(tmp_path):
 
 
 def test_a_missing_file_is_damage(tmp_path):
-    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    path = saving.save(tmp_path, snapshot(1), keep=1)
     (path / "ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
         checkpoint.load(path)
@@ -94,58 +94,57 @@ def test_a_missing_file_is_damage(tmp_path):
 
 def test_the_newest_are_kept_and_the_pointer_follows(tmp_path):
     for step in (5, 10, 15, 20):
-        checkpoint.save(tmp_path, snapshot(step), keep=2)
+        saving.save(tmp_path, snapshot(step), keep=2)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-000015", "step-000020"]
     assert (tmp_path / "latest").read_text().strip() == "step-000020"
-    path, newest = checkpoint.load_newest(tmp_path)
-    assert (path.name, newest.step) == ("step-000020", 20)
+    newest = checkpoint.open_newest(tmp_path)
+    assert (newest.path.name, newest.step) == ("step-000020", 20)
 
 
 def test_steps_beyond_a_million_are_still_in_order(tmp_path):
     for step in (999_999, 1_000_000):
-        checkpoint.save(tmp_path, snapshot(step), keep=3)
+        saving.save(tmp_path, snapshot(step), keep=3)
     assert [p.name for p in checkpoint.committed(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 def test_a_step_that_is_saved_again_replaces_the_first(tmp_path):
-    checkpoint.save(tmp_path, snapshot(5), keep=2)
-    checkpoint.save(tmp_path, snapshot(5, config="{}"), keep=2)
+    saving.save(tmp_path, snapshot(5), keep=2)
+    saving.save(tmp_path, snapshot(5, config="{}"), keep=2)
     assert checkpoint.load(tmp_path / "step-000005").config == "{}"
 
 
 def test_what_a_dead_writer_left_is_no_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, snapshot(5), keep=2)
+    saving.save(tmp_path, snapshot(5), keep=2)
     torn = tmp_path / ".step-000010.0123abcd.tmp"
     torn.mkdir()
     (torn / "weights.safetensors").write_bytes(b"half")
     (tmp_path / "step-000020").mkdir()  # no manifest: nothing was committed
-    path, _ = checkpoint.load_newest(tmp_path)
-    assert path.name == "step-000005"
+    assert checkpoint.open_newest(tmp_path).path.name == "step-000005"
     assert not torn.exists()
-    assert checkpoint.load_newest(tmp_path / "elsewhere") is None
+    assert checkpoint.open_newest(tmp_path / "elsewhere") is None
 
 
 def test_a_damaged_newest_is_told_not_passed_over(tmp_path):
     for step in (5, 10):
-        checkpoint.save(tmp_path / "checkpoints", snapshot(step), keep=2)
+        saving.save(tmp_path / "checkpoints", snapshot(step), keep=2)
     file = tmp_path / "checkpoints/step-000010/ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"Remove \S+step-000010 to go on from step-000005"):
-        checkpoint.load_newest(tmp_path / "checkpoints")
+        checkpoint.open_newest(tmp_path / "checkpoints")
     assert checkpoint.find(tmp_path).name == "step-000010"
     checkpoint.store.remove(tmp_path / "checkpoints/step-000010")
-    assert checkpoint.load_newest(tmp_path / "checkpoints")[0].name == "step-000005"
+    assert checkpoint.open_newest(tmp_path / "checkpoints").path.name == "step-000005"
 
 
 def test_the_only_checkpoint_damaged_means_a_new_start(tmp_path):
-    checkpoint.save(tmp_path, snapshot(5), keep=2)
+    saving.save(tmp_path, snapshot(5), keep=2)
     (tmp_path / "step-000005/manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="to start again"):
-        checkpoint.load_newest(tmp_path)
+        checkpoint.open_newest(tmp_path)
 
 
 def test_a_path_may_name_the_run_its_checkpoints_one_of_them_or_the_pointer(tmp_path):
-    path = checkpoint.save(tmp_path / "run/checkpoints", snapshot(7), keep=2)
+    path = saving.save(tmp_path / "run/checkpoints", snapshot(7), keep=2)
     for given in ("run", "run/checkpoints", "run/checkpoints/latest", path):
         assert checkpoint.find(tmp_path / given) == path
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -163,21 +162,21 @@ def test_another_kind_of_folder_is_refused(tmp_path):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, snapshot(5), keep=1)
+    saving.save(tmp_path, snapshot(5), keep=1)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         Path(path).write_bytes(b"the first bytes")
-        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise shards.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        checkpoint.save(tmp_path, snapshot(10), keep=1)
+        saving.save(tmp_path, snapshot(10), keep=1)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step-000005"]
-    assert checkpoint.load_newest(tmp_path)[1].step == 5
+    assert checkpoint.open_newest(tmp_path).step == 5
 
 
 def test_averages_stand_in_for_the_weights_they_are_of(tmp_path):
-    path = checkpoint.save(tmp_path, snapshot(1), keep=1)
+    path = saving.save(tmp_path, snapshot(1), keep=1)
     found = checkpoint.load(path)
     averaged = checkpoint.inference_weights(found)
     assert torch.equal(averaged["a.weight"], torch.ones(3, 2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora.engine import checkpoint
+from opensora.engine import checkpoint, saving
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from tests.infer.conftest import SHAPE, build_pipeline
@@ -155,7 +155,7 @@ def save_run(pipeline: VideoPipeline, path, *, averages: float, **model_changes)
         frozen={f"vae.{n}": v for n, v in pipeline.vae.state_dict().items()},
         progress={"shape": vars(SHAPE)},
     )
-    checkpoint.save(path / "checkpoints", snapshot, keep=1)
+    saving.save(path / "checkpoints", snapshot, keep=1)
 
 
 def test_a_checkpoint_draws_what_its_model_drew(pipeline, tmp_path):

@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from train_support import MemorySource, clips, latents, make_trainer, points, tiny, toy_trainer
 
 from opensora import disk, runtime
+from opensora.dist import sharded
+from opensora.engine import shards
+from opensora.engine.checkpoint import Opened, Snapshot
+from opensora.engine.saving import Saving
 from opensora.errors import OpensoraError, StorageError
 from opensora.runtime import Runtime
-from opensora.train import state
 from opensora.train.signals import listening
 
 STEPS = "steps=5"
@@ -103,11 +108,11 @@ def full_disk(output: Path, place: Runtime) -> Any:
         raise StorageError("the disk is full")
 
     trainer = toy_trainer(output, "steps=4", "checkpoint.every=2", place=place)
-    whole, state.checkpoint.save = state.checkpoint.save, refuse
+    whole, shards.write = shards.write, refuse
     try:
         return {**outcome(trainer.run), "step": trainer.progress.step}
     finally:
-        state.checkpoint.save = whole
+        shards.write = whole
 
 
 def outcome(action: Any) -> dict[str, Any]:
@@ -172,9 +177,70 @@ def fsdp_shared(output: Path, place: Runtime) -> Any:
 
 
 def fsdp_goes_on(output: Path, place: Runtime) -> Any:
-    """Goes on, sharded, from the run that `test_ranks.py` began on one rank."""
-    changes = ["steps=8", "resume_despite=[steps]", "engine.kind=fsdp", "parallel.ulysses=2"]
-    return training(output, place, "stdit", *changes)
+    """Goes on, sharded, from the run that `test_ranks.py` began on one rank. Checkpoints are
+    written while it trains."""
+    changes = ["steps=8", "engine.kind=fsdp", "parallel.ulysses=2"]
+    saving = ["checkpoint={every: 1, background: true}"]
+    return training(output, place, "stdit", "resume_despite=[steps]", *changes, *saving)
+
+
+def fsdp_goes_on_in_copies(output: Path, place: Runtime) -> Any:
+    """Goes on from there on four ranks: first HSDP, then whole weights and clips shared by all."""
+    despite = "resume_despite=[steps]"
+    copies = ["engine.kind=fsdp", "parallel.ulysses=2", "parallel.dp_replicate=2"]
+    first = training(output, place, "stdit", despite, "steps=10", *copies)
+    return first + training(output, place, "stdit", despite, "steps=12", "parallel.ulysses=4")
+
+
+def full_disk_of_the_last(output: Path, place: Runtime) -> Any:
+    """The disk of the last rank refuses its shards, in the background."""
+    whole = shards.write
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise StorageError("the disk is full")
+
+    if place.rank == place.world_size - 1:
+        shards.write = refuse
+    changes = ["engine.kind=fsdp", "checkpoint={every: 2, background: true}"]
+    try:
+        return outcome(lambda: training(output, place, "stdit", *changes))
+    finally:
+        shards.write = whole
+
+
+def placements(output: Path, place: Runtime) -> Any:
+    """Tensors in every placement are saved and read back in every other one."""
+    lines = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    layouts = {
+        "whole": None,
+        "rows": (lines, [Shard(0)]),
+        "columns": (lines, [Shard(1)]),
+        "copied": (square, [Replicate(), Shard(0)]),
+        "both": (square, [Shard(1), Shard(0)]),
+        "twice": (square, [Shard(0), Shard(0)]),
+        "pair": (square["b"], [Shard(0)]),
+    }
+    whole = {"odd": torch.arange(35.0).view(5, 7), "thin": torch.arange(3.0).view(1, 3).bfloat16()}
+    differing = []
+    for name, layout in layouts.items():
+        tensors = {k: _as(v, layout) for k, v in whole.items()} | {"step": torch.tensor(3)}
+        for background in (False, True):
+            root = output / f"{name}-{background}"
+            found = Snapshot(1, "{}", tensors, ema=dict(tensors))
+            Saving(root, found, keep=1, place=place, background=background).finish()
+        opened = Opened(root / "step-000001", place)
+        for other, wanted in layouts.items():
+            read = opened.read("weights", {k: _as(v, wanted) for k, v in whole.items()}.get)
+            same = [torch.equal(sharded.whole(read[k]), v) for k, v in whole.items()]
+            placed = [isinstance(read[k], DTensor) == (wanted is not None) for k in whole]
+            if not all(same + placed):
+                differing.append(f"{name} as {other}")
+    return differing
+
+
+def _as(value: torch.Tensor, layout: Any) -> torch.Tensor:
+    return value if layout is None else distribute_tensor(value, *layout, src_data_rank=None)
 
 
 SCENARIOS = (
@@ -194,8 +260,19 @@ SCENARIOS = (
     fsdp_pieces,
     fsdp_shared,
     fsdp_goes_on,
+    full_disk_of_the_last,
 )
-ON_FOUR = (ulysses, ring, both, short_clips, shards_of_data, fsdp, fsdp_shared)
+ON_FOUR = (
+    ulysses,
+    ring,
+    both,
+    short_clips,
+    shards_of_data,
+    fsdp,
+    fsdp_shared,
+    fsdp_goes_on_in_copies,
+    placements,
+)
 
 
 def main(output: Path) -> None:

@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from train_support import ALONE, losses, tensors, train_records
 
+from opensora.engine import checkpoint
 from opensora.train.tracking import read_records
 
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("train-ranks")]
@@ -83,9 +86,10 @@ def two(tmp_path_factory) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> Outcome:
+def four(two, tmp_path_factory) -> Outcome:
     """The scenarios of shared clips on four ranks."""
     folder = tmp_path_factory.mktemp("four-ranks")
+    shutil.copytree(two.run("fsdp_goes_on"), folder / "fsdp_goes_on_in_copies")
     launch(Path(ranks.__file__), str(folder), count=4)
     return Outcome(folder, 4)
 
@@ -190,15 +194,74 @@ def test_a_run_of_one_rank_goes_on_on_two(two, tmp_path):
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
 
 
-def test_a_run_goes_on_sharded_and_whole_again(two, tmp_path):
+def test_a_run_goes_on_in_every_layout_and_whole_again(two, four, tmp_path):
+    """One rank; two that shard weights and clips; four in two copies; four that share clips;
+    and one again."""
+
+    def go_on(run, steps):
+        return ranks.training(run, ALONE, "stdit", f"steps={steps}", "resume_despite=[steps]")
+
     alone, again = tmp_path / "one", tmp_path / "again"
     ranks.training(alone, ALONE, "stdit")
-    rows = ranks.training(alone, ALONE, "stdit", "steps=8", "resume_despite=[steps]")
+    rows = go_on(alone, 8)
     assert_equal_runs(alone, two.run("fsdp_goes_on"), rows, two.of("fsdp_goes_on")[:1])
-    shutil.copytree(two.run("fsdp_goes_on"), again)
+    rows = go_on(alone, 10) + go_on(alone, 12)
+    name = "fsdp_goes_on_in_copies"
+    seen = four.of(name)
+    assert [part[:2] for part in seen] == [seen[0][:2]] * 2 + [seen[2][:2]] * 2
+    parts = [seen[0][:2], seen[2][:2]]
+    assert merged(parts) + [tuple(pair) for pair in seen[0][2:]] == rows
+    shutil.copytree(four.run(name), again)
     for run in (alone, again):
-        ranks.training(run, ALONE, "stdit", "steps=11", "resume_despite=[steps]")
+        go_on(run, 14)
     assert losses(again) == pytest.approx(losses(alone), rel=CLOSE)
+    whole, wandered = tensors(alone), tensors(again)
+    for name, value in whole.items():
+        assert_close(wandered[name], value, rtol=CLOSE, atol=CLOSE)
+
+
+def test_each_rank_writes_its_own_shards(two):
+    newest = checkpoint.find(two.run("fsdp_goes_on"))
+    files = sorted(path.name for path in newest.glob("weights*"))
+    assert files == ["weights-00001-of-00002.safetensors", "weights-00002-of-00002.safetensors"]
+    sizes = [(newest / name).stat().st_size for name in files]
+    assert max(sizes) < 0.7 * sum(sizes)
+
+
+@pytest.mark.parametrize(("name", "count"), [("whole", 1), ("copied", 2), ("pair", 2), ("both", 4)])
+def test_nothing_is_written_twice(name, count, four):
+    files = list((four.run("placements") / f"{name}-True/step-000001").glob("weights*"))
+    assert len(files) == count
+    assert sum(load_file(file).get("odd", torch.empty(0)).numel() for file in files) == 35
+
+
+def test_torchs_own_reader_reads_the_shards(four, tmp_path):
+    (tmp_path / "weights").mkdir()
+    saved = four.run("placements") / "both-True/step-000001"
+    for path in saved.glob("weights*"):
+        shutil.copy(path, tmp_path / "weights" / path.name)
+    read = {"odd": torch.empty(5, 7), "step": torch.tensor(0)}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "weights")))
+    assert torch.equal(read["odd"], torch.arange(35.0).view(5, 7))
+    assert read["step"] == 3
+
+
+def test_shards_are_read_in_every_other_placement(four):
+    assert four.of("placements") == [[]] * 4
+    for folder in four.run("placements").iterdir():
+        snapshot = checkpoint.load(folder / "step-000001")
+        for part in (snapshot.weights, snapshot.ema):
+            assert torch.equal(part["odd"], torch.arange(35.0).view(5, 7))
+            assert part["thin"].tolist() == [[0, 1, 2]]
+            assert part["step"] == 3
+
+
+def test_a_disk_that_refuses_one_ranks_shards_stops_every_rank(two):
+    first, second = two.of("full_disk_of_the_last")
+    assert first == second
+    assert (first["error"], first["code"]) == ("StorageError", 74)
+    assert list((two.run("full_disk_of_the_last") / "checkpoints").iterdir()) == []
 
 
 def test_a_loss_that_is_no_number_on_one_rank_moves_no_rank(two):

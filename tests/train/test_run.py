@@ -6,7 +6,7 @@ import pytest
 from train_support import ALONE, tiny
 
 from opensora.config import to_json
-from opensora.engine import checkpoint
+from opensora.engine import saving
 from opensora.engine.checkpoint import Snapshot
 from opensora.errors import CheckpointError, UsageError
 from opensora.train import run
@@ -23,14 +23,14 @@ def vae_run(tmp_path):
     config = tiny("vae", tmp_path / "vae")
     vae = build_vae(config.task.vae)
     weights = {f"vae.{name}": value for name, value in vae.state_dict().items()}
-    checkpoint.save(tmp_path / "vae/checkpoints", Snapshot(1, config.json_text(), weights), keep=1)
+    saving.save(tmp_path / "vae/checkpoints", Snapshot(1, config.json_text(), weights), keep=1)
     return tmp_path / "vae"
 
 
 def save_config(config) -> None:
     weights = {"x": next(build_vae(tiny("vae", config.output).task.vae).parameters()).detach()}
     root = config.output / "checkpoints"
-    checkpoint.save(root, Snapshot(1, config.json_text(), weights), keep=1)
+    saving.save(root, Snapshot(1, config.json_text(), weights), keep=1)
 
 
 def test_the_faster_precision_is_chosen_once(tmp_path):
@@ -81,7 +81,7 @@ def test_a_vae_that_is_not_the_one_of_vae_from_is_refused(vae_run, tmp_path):
 def test_a_checkpoint_without_a_vae_is_refused(tmp_path):
     config = tiny("stdit", tmp_path / "run")
     root = config.output / "checkpoints"
-    checkpoint.save(root, Snapshot(1, to_json(config), {}), keep=1)
+    saving.save(root, Snapshot(1, to_json(config), {}), keep=1)
     with pytest.raises(CheckpointError, match="has no VAE: its task is 'text_to_video'"):
         load_vae(config.output)
 

@@ -16,7 +16,7 @@ from train_support import (
     train_records,
 )
 
-from opensora.engine import checkpoint, compiling
+from opensora.engine import checkpoint, compiling, shards
 from opensora.errors import DataError, StorageError
 from opensora.train.batches import split
 from opensora.train.tracking import read_records
@@ -104,7 +104,7 @@ def test_validation_is_of_the_averaged_weights_and_leaves_the_others(tmp_path):
     trainer.run()
     records = [r for r in read_records(run / "metrics.jsonl") if r["kind"] == "validation"]
     assert [r["step"] for r in records] == [2, 4, 6]
-    _, snapshot = checkpoint.load_newest(run / "checkpoints")
+    snapshot = checkpoint.load(checkpoint.find(run))
     batch = points([0, 1, 2, 3, 4])
 
     def error(weights):
@@ -122,7 +122,7 @@ def test_without_averages_validation_is_of_the_weights(tmp_path):
     assert trainer.validate()["loss"] == pytest.approx(
         float(trainer.task.validation(points([0, 1, 2]))["loss"][0]) / 3
     )
-    assert checkpoint.load_newest(tmp_path / "run/checkpoints")[1].ema == {}
+    assert checkpoint.load(checkpoint.find(tmp_path / "run")).ema == {}
 
 
 def test_samples_are_drawn_when_they_are_due_and_at_the_end(tmp_path):
@@ -162,14 +162,14 @@ class FullDisk:
     """Refuses checkpoints while it is `full`."""
 
     def __init__(self, monkeypatch):
-        self.full, self.save, self.refused = False, checkpoint.save, 0
-        monkeypatch.setattr("opensora.train.state.checkpoint.save", self)
+        self.full, self.write, self.refused = False, shards.write, 0
+        monkeypatch.setattr(shards, "write", self)
 
-    def __call__(self, root, snapshot, *, keep):
+    def __call__(self, path, content):
         if not self.full:
-            return self.save(root, snapshot, keep=keep)
+            return self.write(path, content)
         self.refused += 1
-        raise StorageError(f"{root} cannot be written")
+        raise StorageError(f"{path} cannot be written")
 
 
 def test_a_full_disk_does_not_end_a_run_that_has_a_checkpoint(tmp_path, monkeypatch, caplog):
@@ -186,6 +186,44 @@ def test_a_full_disk_does_not_end_a_run_that_has_a_checkpoint(tmp_path, monkeypa
     assert caplog.text.count("Training goes on") == 2
     assert kept(run) == ["step-000002", "step-000008"]
     assert len(losses(run)) == 8
+
+
+def test_checkpoints_in_the_background_are_those_of_the_foreground(tmp_path, caplog):
+    caplog.set_level("INFO", "opensora")
+    kept_tensors = {}
+    for background in ("false", "true"):
+        run = tmp_path / background
+        trainer = toy_trainer(
+            run, "steps=9", f"checkpoint={{every: 2, keep: 9, background: {background}}}"
+        )
+        trainer.run()
+        kept_tensors[background] = {
+            path.name: checkpoint.load(path) for path in checkpoint.committed(run / "checkpoints")
+        }
+    first, second = kept_tensors.values()
+    assert list(first) == list(second) == [f"step-00000{n}" for n in (2, 4, 6, 8, 9)]
+    for name, snapshot in first.items():
+        other = second[name]
+        for part in ("weights", "ema", "optimizer"):
+            mine, theirs = getattr(snapshot, part), getattr(other, part)
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert other.progress["guard"] == snapshot.progress["guard"]
+    assert caplog.text.count("training waited") == 10
+
+
+def test_a_full_disk_in_the_background_is_told_and_survived(tmp_path, monkeypatch, caplog):
+    disk = FullDisk(monkeypatch)
+    trainer = toy_trainer(tmp_path / "run", "steps=9", "checkpoint={every: 2, background: true}")
+
+    def decided(accepted):
+        disk.full = 4 <= trainer.progress.step < 8
+
+    trainer.task.decided = decided
+    trainer.run()
+    assert disk.refused >= 1
+    assert "Training goes on" in caplog.text
+    assert kept(tmp_path / "run")[-1] == "step-000009"
 
 
 def test_a_full_disk_ends_a_run_without_any_checkpoint(tmp_path, monkeypatch):

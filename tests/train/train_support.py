@@ -172,9 +172,7 @@ def losses(output: Path) -> list[float]:
 
 def digests(output: Path) -> dict[str, str]:
     """SHA-256 of every tensor in the newest checkpoint of a run, and of its guard and counts."""
-    newest = checkpoint.load_newest(output / "checkpoints")
-    assert newest is not None
-    _, snapshot = newest
+    snapshot = checkpoint.load(checkpoint.find(output))
     found = {}
     for part in ("weights", "ema", "optimizer", "frozen"):
         for name, tensor in getattr(snapshot, part).items():
@@ -186,9 +184,7 @@ def digests(output: Path) -> dict[str, str]:
 
 def tensors(output: Path) -> dict[str, Tensor]:
     """The weights in the newest checkpoint of a run."""
-    newest = checkpoint.load_newest(output / "checkpoints")
-    assert newest is not None
-    return newest[1].weights
+    return checkpoint.load(checkpoint.find(output)).weights
 
 
 @dataclass(frozen=True)
