@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from opensora.dist.mesh import Mesh
+from opensora.engine.deferred import Recipe
 from opensora.engine.fsdp import FsdpConfig, FsdpEngine
 from opensora.engine.interface import Engine
 from opensora.engine.local import LocalConfig, LocalEngine
@@ -22,16 +23,22 @@ def shards(config: LocalConfig | FsdpConfig) -> bool:
 
 
 def build(
-    config: LocalConfig | FsdpConfig, runtime: Runtime, mesh: Mesh | None, *, precision: torch.dtype
+    config: LocalConfig | FsdpConfig,
+    runtime: Runtime,
+    mesh: Mesh | None,
+    *,
+    precision: torch.dtype,
+    recipe: Recipe | None = None,
 ) -> Engine:
     """The engine of a config.
 
     Args:
         mesh: None on one rank.
+        recipe: fills a model that has no weights yet; only for engines that shard.
 
     Raises:
         UsageError: it cannot work with these ranks or in this precision.
     """
     if isinstance(config, FsdpConfig):
-        return FsdpEngine(runtime, mesh, config, precision)
+        return FsdpEngine(runtime, mesh, config, precision, recipe)
     return LocalEngine(runtime, precision=precision)

@@ -12,12 +12,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from opensora.config import Config
 from opensora.dist.mesh import Mesh
+from opensora.dist.sharded import placed
 from opensora.engine import interface
+from opensora.engine.deferred import Recipe
 from opensora.engine.interface import Engine, Optimizers, State, Update
 from opensora.errors import UsageError
 from opensora.runtime import Runtime
@@ -44,7 +46,14 @@ class FsdpEngine(Engine):
 
     collective: ClassVar[bool] = True
 
-    def __init__(self, runtime: Runtime, mesh: Mesh | None, config: FsdpConfig, dtype: torch.dtype):
+    def __init__(
+        self,
+        runtime: Runtime,
+        mesh: Mesh | None,
+        config: FsdpConfig,
+        dtype: torch.dtype,
+        recipe: Recipe | None = None,
+    ):
         if mesh is None:
             raise UsageError(
                 "engine.kind=fsdp needs several ranks: start it with torchrun "
@@ -53,6 +62,7 @@ class FsdpEngine(Engine):
         if config.gather_dtype == "bf16" and dtype != torch.bfloat16:
             raise UsageError("engine.gather_dtype=bf16 needs precision=bf16")
         self.runtime, self.config, self.precision = runtime, config, dtype
+        self._recipe = recipe
         self._mesh = _fsdp_mesh(mesh)
         self.optimizers: Optimizers = []
         self._roots: list[Any] = []
@@ -84,7 +94,20 @@ class FsdpEngine(Engine):
                     part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
                     # Plain sums: gloo knows no others.
                     part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        if self._recipe is not None:
+            self._fill(self._recipe)
         self.module, self.optimizers = module, build(module)
+
+    @torch.no_grad()
+    def _fill(self, recipe: Recipe) -> None:
+        """Give memory and first weights to what was built without; a rank keeps its shards only."""
+        known: dict[str, Tensor] = {}
+        for root in self._roots:
+            if any(p.is_meta for p in root.parameters()):
+                root.to_empty(device=self.runtime.device)
+                known |= {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        recipe.pour(lambda name, value: known[name].copy_(placed(value, known[name])))
+        self._recipe = None
 
     def backward(self, *inputs: Any, last: bool = True, weight: float = 1.0) -> Any:
         for root in self._roots:

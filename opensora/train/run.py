@@ -68,7 +68,8 @@ def prepare(
         torch.set_num_threads(config.threads)
     rates = measure(place)
     config = settle(config, place, rates)
-    task = build_task(config).to(place.device)
+    deferred = engines.shards(config.engine) and place.world_size > 1
+    task = build_task(config, deferred=deferred).to(place.device)
     work = share_work(config, task, place)
     source = sources.open_source(
         config.data,
@@ -82,7 +83,7 @@ def prepare(
     if config.compile == "always":
         compiling.apply(task.blocks)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    engine = engines.build(config.engine, place, work.mesh, precision=precision)
+    engine = engines.build(config.engine, place, work.mesh, precision=precision, recipe=task.recipe)
     engine.wrap(task, partial(optim.build, config.optim))
     trainer = Trainer(
         config,
@@ -150,8 +151,12 @@ def _giga(rates: dict[str, float]) -> tuple[float, float]:
     return rates["bf16"] / 1e9, rates["fp32"] / 1e9
 
 
-def build_task(config: TrainConfig) -> Task:
-    """The task with freshly initialised weights, the same on every rank."""
+def build_task(config: TrainConfig, *, deferred: bool = False) -> Task:
+    """The task with freshly initialised weights, the same on every rank.
+
+    Args:
+        deferred: leave the weights of a denoiser to the engine (`Task.recipe`).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runtime.address(config.seed, "weights"))
         if isinstance(config.task, AutoencoderConfig):
@@ -164,7 +169,7 @@ def build_task(config: TrainConfig) -> Task:
             vae = zoo.build_vae(config.task.vae or CausalVAEConfig()).requires_grad_(False)
         else:
             raise UsageError("task.vae_from is not set: name the run or checkpoint of a VAE")
-        return TextToVideo(config.task, vae=vae, text=text, seed=config.seed)
+        return TextToVideo(config.task, vae=vae, text=text, seed=config.seed, deferred=deferred)
 
 
 @dataclass(frozen=True)

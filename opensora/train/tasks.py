@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opensora.engine.deferred import Recipe
 from opensora.runtime import Runtime
 
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -36,7 +37,13 @@ class StepLoss:
 
 
 class Task(nn.Module, ABC):
-    """A trainable whole: what it holds as child modules is optimised, averaged and saved."""
+    """A trainable whole: what it holds as child modules is optimised, averaged and saved.
+
+    Attributes:
+        recipe: how the engine fills a model that was built without weights, or None.
+    """
+
+    recipe: Recipe | None = None
 
     @abstractmethod
     def forward(self, batch: Any, step: int) -> StepLoss:

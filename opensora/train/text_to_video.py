@@ -15,6 +15,7 @@ from opensora import runtime, zoo
 from opensora.diffusion import masks, objective, timesteps
 from opensora.diffusion.masks import MaskConfig
 from opensora.engine import checkpoint
+from opensora.engine.deferred import recording
 from opensora.engine.flops import FlopCounter, rehearsal
 from opensora.engine.interface import load_weights
 from opensora.engine.sequence import SequenceParallel
@@ -87,12 +88,28 @@ class TextToVideo(Task):
 
     The VAE and a pretrained text encoder are used but not held: they go where the task goes and
     are no part of its state.
+
+    Args:
+        deferred: build the denoiser on the meta device, for an engine that fills it.
     """
 
-    def __init__(self, config: TextToVideoConfig, *, vae: CausalVAE, text: nn.Module, seed: int):
+    def __init__(
+        self,
+        config: TextToVideoConfig,
+        *,
+        vae: CausalVAE,
+        text: nn.Module,
+        seed: int,
+        deferred: bool = False,
+    ):
         super().__init__()
         self.config, self.seed = config, seed
-        self.model = zoo.build_denoiser(config.model, vae=vae, text=text)
+        if deferred:
+            with recording() as self.recipe:
+                self.model = zoo.build_denoiser(config.model, vae=vae, text=text)
+            self.recipe.serves(self.model)
+        else:
+            self.model = zoo.build_denoiser(config.model, vae=vae, text=text)
         self.process = objective.build(config.objective)
         self.sequence = SequenceParallel()
         # Frozen parts stay out of the module tree: they are neither optimised nor averaged.
@@ -103,10 +120,11 @@ class TextToVideo(Task):
             self._frozen["text"] = CachedEncoder(text)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TextToVideo:
-        """Frozen parts follow the task to its device."""
-        for part in self._frozen.values():
-            part._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        """Frozen parts follow the task to its device; a model without weights stays behind."""
+        for part in (*self._frozen.values(), *self.children()):
+            if part is not self.model or self.recipe is None:
+                part._apply(fn, recurse)
+        return self
 
     @property
     def vae(self) -> CausalVAE:

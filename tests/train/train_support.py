@@ -124,7 +124,7 @@ def latents(rows: list[int], step: int | None = None) -> LatentBatch:
     )
 
 
-def fresh_task(config: TrainConfig) -> Task:
+def fresh_task(config: TrainConfig, *, deferred: bool = False) -> Task:
     """The task of a config; a text-to-video task gets a VAE that was never trained."""
     if isinstance(config.task, AutoencoderConfig):
         return build_task(config)
@@ -133,7 +133,7 @@ def fresh_task(config: TrainConfig) -> Task:
         torch.manual_seed(runtime.address(config.seed, "weights"))
         vae = zoo.build_vae(tiny("vae", Path()).task.vae).requires_grad_(False)  # type: ignore[union-attr]
         text = zoo.build_text(config.task.text)
-        return TextToVideo(config.task, vae=vae, text=text, seed=config.seed)
+        return TextToVideo(config.task, vae=vae, text=text, seed=config.seed, deferred=deferred)
 
 
 def make_trainer(
@@ -148,10 +148,13 @@ def make_trainer(
 ) -> Trainer:
     """A trainer on memory, where the config's task decides what the batches are."""
     collate = clips if isinstance(config.task, AutoencoderConfig) else latents
-    task = fresh_task(config) if task is None else task
+    if task is None:
+        task = fresh_task(config, deferred=engines.shards(config.engine) and place.world_size > 1)
     share = share_work(config, task, place)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    engine = engines.build(config.engine, place, share.mesh, precision=precision)
+    engine = engines.build(
+        config.engine, place, share.mesh, precision=precision, recipe=task.recipe
+    )
     engine.wrap(task, partial(optim.build, config.optim))
     source = source or MemorySource(
         collate, place, batch_size=batch_size, validation_sizes=validation_sizes
