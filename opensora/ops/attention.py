@@ -1,14 +1,17 @@
 """One attention for the whole project.
 
-`attend(q, k, v)` with tensors (B, L, K, d); models call nothing else. The implementation behind it
-is torch's scaled_dot_product_attention, which picks its own kernel on each device.
+`attend(q, k, v)` with tensors (B, L, K, d); models call nothing else. Which backend serves a call is
+decided by `opensora.ops.backends`. The blocks below are attention to a part of the keys, for ranks
+that share a sequence.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from opensora.ops.backends import BACKENDS, preferred, serving
+from opensora.ops.patterns import Frames, Packed, Pattern, kind_of
 
 
 def attend(
@@ -16,7 +19,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Pattern = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -26,25 +29,45 @@ def attend(
         q: float (B, L, K, d).
         k: float (B, S, K, d).
         v: float (B, S, K, d).
-        mask: bool (B, S), True where a key may be seen; every row needs at least one.
-        causal: query i sees keys 0..i only (L == S).
+        mask: which keys a query sees. bool (B, S): those where it is True, of which every row needs
+            one. `Frames`: those of frames near its own. `Packed`: those of its own sequence, of
+            several that lie one after the other in a batch of one. None: all.
+        causal: query i sees keys 0..i only (L == S); of packed sequences each.
         scale: factor on the logits; 1 / sqrt(d) by default.
 
     Returns:
-        float (B, L, K, d) in q's dtype.
+        float (B, L, K, d) in q's dtype, under autocast in that of autocast.
+
+    Raises:
+        ValueError: mask and causal cannot be combined, or do not fit the tensors.
     """
-    if causal and mask is not None:
-        raise ValueError("a key mask and causal order cannot be combined; fold both into a mask")
-    attention_mask = None if mask is None else mask[:, None, None, :]
-    out = functional.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=attention_mask,
-        is_causal=causal,
-        scale=scale,
-    )
-    return out.transpose(1, 2)
+    kind = kind_of(mask)
+    if causal or kind in ("frames", "packed"):
+        _check(q, k, mask, causal)
+    device, dtype = q.device, q.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    name = serving(device, dtype, q.shape[-1], kind, causal, preferred())
+    return BACKENDS[name].attend(q, k, v, mask, causal, scale)
+
+
+def _check(q: Tensor, k: Tensor, mask: Pattern, causal: bool) -> None:
+    if isinstance(mask, Packed):
+        mask.check(q, k)
+        if causal and mask.queries != mask.key_lengths:
+            raise ValueError(
+                f"causal order needs as many keys as queries in each sequence, found {mask}"
+            )
+    elif causal and mask is not None:
+        raise ValueError("a mask of keys or frames cannot be combined with causal order")
+    elif isinstance(mask, Frames):
+        mask.check(q.shape[1], k.shape[1])
+    elif q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"causal order needs as many keys as queries, found {k.shape[1]} and {q.shape[1]}; "
+            "where the queries are the last ones, use Frames(1, first=...)"
+        )
 
 
 class FlashBlock:
