@@ -57,6 +57,7 @@ def examine(folder: Path) -> list[Finding]:
             findings.append(check())
         except Exception as error:
             findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}"))
+    findings += _attention()
     return findings + [_optional(package, extra) for package, extra in OPTIONAL.items()]
 
 
@@ -101,6 +102,25 @@ def _compiler() -> Finding:
     if lacking:
         return Finding("compiler", "note", f"training runs uncompiled for want of {lacking}")
     return Finding("compiler", "ok", f"training can be compiled for {device.type}")
+
+
+def _attention() -> list[Finding]:
+    """What `attention=` may name here, and what orders of frames and packed sequences run on."""
+    import torch
+
+    from opensora.ops import selection
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = selection.survey(device)
+    except Exception as error:
+        return [Finding("attention", "broken", f"{type(error).__name__}: {error}")]
+    return [
+        Finding(backend.name, "ok", f"attention on {device.type}")
+        if reason is None
+        else Finding(backend.name, "note", f"no attention by it: {reason}")
+        for backend, reason in found
+    ]
 
 
 def _video() -> Finding:

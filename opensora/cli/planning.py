@@ -6,6 +6,7 @@ from opensora.config import Config
 from opensora.engine import planner
 from opensora.engine.planner import Device
 from opensora.errors import UsageError
+from opensora.ops import backends
 from opensora.train.config import TrainConfig
 from opensora.train.forecast import Forecast, Row, forecast, suggest
 from opensora.train.text_to_video import TextToVideoConfig, resolve
@@ -30,6 +31,8 @@ def plan(
     """
     target = planner.device(gpu)
     config = _with_vae(config)
+    # All kernels keep the same; only plain arithmetic keeps the logits.
+    backends.prefer("plain" if config.attention == "plain" else "auto")
     rate = SUSTAINED * target.flops if teraflops is None else teraflops * 1e12
     found = forecast(config, ranks, target, rate=rate)
     _describe(config, found, target, gpu, rate, given=teraflops is not None)

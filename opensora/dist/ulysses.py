@@ -8,6 +8,7 @@ number of heads nor the length has to divide by the ranks: shares differ by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,7 @@ def attend_sharded(
     text: Text | None = None,
     causal: bool = False,
     scale: float | None = None,
+    whole: Callable[..., Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a sequence, of which this rank holds a contiguous part, to the whole of it.
 
@@ -81,6 +83,8 @@ def attend_sharded(
             first, see everything and are seen by everything.
         causal: over the whole sequence; not with text.
         scale: factor on the logits; 1 / sqrt(d) by default.
+        whole: attends to whole sequences, as `opensora.ops.attention.attend`; serves instead of
+            `block` where no ring is across.
 
     Returns:
         float (B, L, K, d); with text also its output (B, S, K, d), the same on every rank.
@@ -108,7 +112,12 @@ def attend_sharded(
         num_text = text[0].shape[1]
         text_q, text_k, text_v = (t[:, :, mine] for t in text)  # B S K' d
         q, prefix = torch.cat([text_q, q], dim=1), (text_k, text_v)
-    out = ring_attend(q, k, v, ring, prefix=prefix)
+    if whole is not None and groups.ring_size == 1 and q.numel():
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k], dim=1), torch.cat([prefix[1], v], dim=1)
+        out = whole(q, k, v, causal=causal, scale=scale)
+    else:
+        out = ring_attend(q, k, v, ring, prefix=prefix)
     video = exchange(
         out[:, num_text:], groups.ulysses, split=1, join=2, split_sizes=parts, join_sizes=heads
     )  # B L K d

@@ -7,7 +7,7 @@ are computed again in the backward pass, and what still has to be kept moved to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -20,16 +20,14 @@ from torch.utils.checkpoint import (
 )
 
 from opensora.config import Config
+from opensora.errors import UsageError
+from opensora.ops.backends import BACKENDS
+from opensora.ops.selection import Selection
 
 Call = Callable[..., Any]
 
-ATTENTION = (
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
+ATTENTION = frozenset(name for backend in BACKENDS.values() for name in backend.operators)
+"""Operators, as 'namespace.name', that selective recomputation keeps the results of."""
 
 
 class RecomputeConfig(Config):
@@ -69,6 +67,28 @@ def apply(model: nn.Module, config: RecomputeConfig) -> None:
             block.forward = partial(keep, _plain, block.forward)
 
 
+@cache
+def _attends(operator: Any) -> bool:
+    return str(getattr(operator, "overloadpacket", operator)) in ATTENTION
+
+
+def check(config: RecomputeConfig, attention: Selection) -> None:
+    """Refuse to keep what attention gave where its operators are not known here.
+
+    Raises:
+        UsageError: the policy is selective, and attention ran none of `ATTENTION`.
+    """
+    if config.policy != "selective":
+        return
+    for name, ran in zip(attention.names, attention.operators, strict=True):
+        if not ran & ATTENTION:
+            raise UsageError(
+                f"recompute.policy=selective keeps what attention's kernel gave, but "
+                f"attention={name} runs none that is known here, only {', '.join(sorted(ran))}: "
+                "set recompute.policy=block or another attention"
+            )
+
+
 def _plain(call: Call, *inputs: Any) -> Any:
     return call(*inputs)
 
@@ -83,12 +103,9 @@ def _checkpointed(call: Call, *inputs: Any, context: Call | None = None) -> Any:
 
 def _saving_attention() -> Any:
     """Contexts of torch's selective checkpointing that keep results of attention."""
-    kept = {
-        getattr(torch.ops.aten, name).default for name in ATTENTION if hasattr(torch.ops.aten, name)
-    }
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in kept:
+        if _attends(operator):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -22,7 +22,7 @@ from opensora.dist.mesh import Layout, Mesh
 from opensora.dist.ulysses import SequenceGroups, attend_sharded
 from opensora.errors import DataError, UsageError
 from opensora.models.stdit import Places, STDiT
-from opensora.ops.attention import FlashBlock
+from opensora.ops.attention import ChosenBlock, attend
 from opensora.types import Condition
 
 Sharing = Literal["auto", "attention"]
@@ -154,14 +154,15 @@ def _traded(
 def _shared(places: Places, frames: list[int], mine: slice, groups: SequenceGroups) -> Places:
     """Temporal attention whose sequence is sharded frame by frame."""
     size = places.window[0] * places.window[1]
-    attend = partial(
+    shared = partial(
         attend_sharded,
         groups=groups,
-        block=FlashBlock(),
+        block=ChosenBlock(),
+        whole=attend,
         lengths=tuple(count * size for count in frames),
     )
     phases = places.phases.unflatten(0, (-1, size))[mine].flatten(0, 1)
-    return replace(places, phases=phases, attend=attend)
+    return replace(places, phases=phases, attend=shared)
 
 
 PLANS: dict[type[nn.Module], Plan] = {STDiT: _stdit}

@@ -1,8 +1,8 @@
 """One attention for the whole project.
 
-`attend(q, k, v)` with tensors (B, L, K, d); models call nothing else. Which backend serves a call is
-decided by `opensora.ops.backends`. The blocks below are attention to a part of the keys, for ranks
-that share a sequence.
+`attend(q, k, v)` with tensors (B, L, K, d); models call nothing else. Which backend serves a call
+is decided by `opensora.ops.backends`. The blocks below are attention to a part of the keys, for
+ranks that share a sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opensora.ops.backends import BACKENDS, preferred, serving
+from opensora.ops.backends import BACKENDS, Request, machine, preferred, serving
 from opensora.ops.patterns import Frames, Packed, Pattern, kind_of
 
 
@@ -121,18 +121,55 @@ class FlashBlock:
         return tuple(x.transpose(1, 2) for x in found)
 
 
+def block_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> FlashBlock | PlainBlock:
+    """What attends to a part of the keys: torch's fused kernels where they can, else arithmetic.
+
+    FlashAttention 3 and 4 stand behind the same operator where the config names them.
+    """
+    request = Request(dtype, head_dim)
+    flash = BACKENDS["flash2"]
+    fused = device.type == "cpu" or not (flash.lacking(machine(device)) or flash.refuses(request))
+    return FlashBlock() if fused and preferred() != "plain" else PlainBlock()
+
+
+class ChosenBlock:
+    """`block_for` whatever comes, which under autocast nobody knows before."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._of(q).forward(q, k, v, causal=causal, scale=scale)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._of(q).backward(gradient, q, k, v, out, lse, causal=causal, scale=scale)
+
+    def _of(self, q: Tensor) -> FlashBlock | PlainBlock:
+        return block_for(q.device, q.dtype, q.shape[-1])
+
+
 class PlainBlock:
     """The same in plain arithmetic: any device and dtype, memory of all logits; the reference."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        logits = self._logits(q, k, causal, scale)
-        lse = logits.logsumexp(-1)  # B K L
-        weights = (logits - lse.unsqueeze(-1)).exp()
-        return torch.einsum("bkls,bskd->blkd", weights, v.to(weights.dtype)).to(
-            q.dtype
-        ), lse.transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = self._logits(q, k, causal, scale)
+            lse = logits.logsumexp(-1)  # B K L
+            weights = (logits - lse.unsqueeze(-1)).exp()
+            out = torch.einsum("bkls,bskd->blkd", weights, v.to(weights.dtype))
+        return out.to(q.dtype), lse.transpose(1, 2)
 
     def backward(
         self,

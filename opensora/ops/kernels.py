@@ -129,8 +129,7 @@ def varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    lengths = ((x.shape[1],) * x.shape[0] for x in (q, k))
-    packed = mask if isinstance(mask, Packed) else Packed(*lengths)
+    packed = mask if isinstance(mask, Packed) else _batch(*q.shape[:2], k.shape[1])
     found = varlen_attn(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -143,6 +142,12 @@ def varlen(
     )
     assert isinstance(found, Tensor)
     return found.unflatten(0, q.shape[:2])
+
+
+@lru_cache(maxsize=32)
+def _batch(size: int, num_queries: int, num_keys: int) -> Packed:
+    """A batch as packed sequences; remembered, so that its offsets are on the device already."""
+    return Packed((num_queries,) * size, (num_keys,) * size)
 
 
 def xformers(
@@ -206,12 +211,11 @@ def frame_blocks(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rows = -(-num_queries // block)
+    starts = range(0, num_queries, block)
     columns = torch.arange(-(-num_keys // block), device=device)
-    ends = torch.tensor(
-        [_block_ends(frames, i * block, min((i + 1) * block, num_queries), num_keys) for i in range(rows)],
-        device=device,
-    )  # fmt: skip
+    stops = (min(start + block, num_queries) for start in starts)
+    pairs = zip(starts, stops, strict=True)
+    ends = torch.tensor([_block_ends(frames, *pair, num_keys) for pair in pairs], device=device)
     begin, end, begin_full, end_full = ends[:, :, None].unbind(1)  # rows 1 each
     first, last = columns * block, ((columns + 1) * block).clamp(max=num_keys)
     some = (last > begin) & (first < end)  # rows columns

@@ -140,8 +140,8 @@ def visible(
     """
     rows = torch.arange(num_queries, device=device)[:, None]
     columns = torch.arange(num_keys, device=device)[None]
-    if isinstance(mask, Tensor):
-        return mask[:, None, None, :]
+    if mask is None:
+        return columns <= rows if causal else None
     if isinstance(mask, Frames):
         ahead = columns // mask.size - (rows // mask.size + mask.first)  # L S
         seen = torch.ones_like(ahead, dtype=torch.bool)
@@ -150,8 +150,8 @@ def visible(
         if mask.after is not None:
             seen &= ahead <= mask.after
         return seen
-    if mask is None:
-        return columns <= rows if causal else None
+    if not isinstance(mask, Packed):
+        return mask[:, None, None, :]
     q_start, k_start = (offsets.long() for offsets in mask.offsets(device))
     of_query = torch.searchsorted(q_start, rows, right=True)  # L 1
     of_key = torch.searchsorted(k_start, columns, right=True)  # 1 S

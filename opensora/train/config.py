@@ -19,6 +19,7 @@ from opensora.engine.engines import EngineConfig
 from opensora.engine.local import LocalConfig
 from opensora.engine.recompute import RecomputeConfig
 from opensora.errors import UsageError
+from opensora.ops.backends import AttentionChoice
 from opensora.train.autoencoder import AutoencoderConfig
 from opensora.train.guard import GuardConfig
 from opensora.train.optim import MuonConfig, OptimConfig
@@ -35,6 +36,7 @@ FREE_TO_CHANGE = (
     "engine.kind",
     "parallel",
     "recompute",
+    "attention",
     "log",
     "checkpoint",
     "samples",
@@ -105,6 +107,12 @@ class TrainConfig(Config):
         description="torch.compile of the model's blocks: auto does on a GPU with Triton; on a CPU "
         "with a C++ compiler 'always' wins back its minute in long runs",
     )
+    attention: AttentionChoice = Field(
+        default="auto",
+        description="backend of attention without a mask: auto takes cuDNN's on Hopper and "
+        "Blackwell, else torch's own choice; a named one is tried at the start and refused where "
+        "it cannot serve",
+    )
     micro_batch: int | None = Field(
         default=None,
         ge=1,
@@ -139,6 +147,13 @@ class TrainConfig(Config):
             raise ValueError("task autoencoder trains on clips: set data.kind=clips and a manifest")
         if self.compile == "always" and self.task.kind == "autoencoder":
             raise ValueError("compile=always is for the task text_to_video; leave it out here")
+        if self.attention != "auto" and self.task.kind == "autoencoder":
+            raise ValueError("task autoencoder has no attention; leave attention out here")
+        if self.attention == "plain" and self.recompute.policy == "selective":
+            raise ValueError(
+                "recompute.policy=selective keeps what attention's kernel gave, and "
+                "attention=plain has none: set recompute.policy=block or attention=auto"
+            )
         if self.recompute != RecomputeConfig() and self.task.kind == "autoencoder":
             raise ValueError("recompute is for the task text_to_video; leave it out here")
         if self.task.kind == "autoencoder" and self.data.kind == "synthetic":

@@ -21,6 +21,8 @@ from opensora.engine import checkpoint, compiling, engines, recompute, sequence
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
+from opensora.ops import selection
+from opensora.ops.attention import block_for
 from opensora.runtime import Runtime, log
 from opensora.train import optim
 from opensora.train.autoencoder import Autoencoder, AutoencoderConfig
@@ -71,6 +73,7 @@ def prepare(
     deferred = engines.shards(config.engine) and place.world_size > 1
     task = build_task(config, deferred=deferred).to(place.device)
     work = share_work(config, task, place)
+    select_attention(config, task, place, work)
     source = sources.open_source(
         config.data,
         needs_of(config, task, work),
@@ -101,6 +104,25 @@ def prepare(
     if place.is_main:
         _write_facts(config, place, task, rates)
     return trainer
+
+
+def select_attention(config: TrainConfig, task: Task, place: Runtime, work: Share) -> None:
+    """Choose and try what computes attention, and say so in one line.
+
+    Raises:
+        UsageError: the config asks for a backend, or to keep its results, that this machine or
+            model does not allow.
+    """
+    if not isinstance(task, TextToVideo):
+        return
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    head_dim = task.config.model.width // task.config.model.num_heads
+    chosen = selection.select(config.attention, place.device, dtype, head_dim)
+    recompute.check(config.recompute, chosen)
+    shared = chosen.self_attention
+    if work.mesh is not None and work.mesh.layout.ring > 1:
+        shared = type(block_for(place.device, dtype, head_dim)).__name__
+    log.info("attention: %s, %s for attention shared by ranks", chosen, shared)
 
 
 def measure(place: Runtime) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Watching(TorchDispatchMode):
         self.attended = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.attended += str(function.overloadpacket).removeprefix("aten.") in ATTENTION
+        self.attended += str(function.overloadpacket) in ATTENTION
         return function(*args, **(kwargs or {}))
 
 
