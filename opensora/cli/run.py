@@ -78,6 +78,7 @@ def sample(
     format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
+    attention: str = typer.Option("auto", help="auto, or a backend that `opensora doctor` finds"),
 ) -> None:
     """Draw videos from prompts. Under torchrun the ranks share them."""
     texts = list(prompts or [])
@@ -105,6 +106,7 @@ def sample(
         suffix=f".{format.lstrip('.')}",
         averaged=not raw_weights,
         device=device,
+        attention=attention,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from opensora import config as configs
 from opensora import runtime
@@ -16,6 +16,8 @@ from opensora.errors import UsageError, did_you_mean
 from opensora.infer import samples
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import FORMATS
+from opensora.ops.backends import AttentionChoice
+from opensora.ops.selection import select
 from opensora.train.config import TrainConfig
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo
@@ -37,16 +39,21 @@ def draw(
     suffix: str,
     averaged: bool,
     device: str,
+    attention: str,
 ) -> None:
     """What `opensora sample` does."""
     if suffix not in FORMATS:
         formats = [f.lstrip(".") for f in FORMATS]
         raise UsageError(f"--format {suffix[1:]} is unknown.{did_you_mean(suffix[1:], formats)}")
+    if attention not in (choices := get_args(AttentionChoice)):
+        raise UsageError(f"--attention {attention} is unknown.{did_you_mean(attention, choices)}")
     settings = configs.validate(SamplingConfig, sampling, where="sample")
     texts = samples.read_prompts(file) if file is not None else prompts
     place = runtime.start(device)
     try:
         pipeline = VideoPipeline.from_pretrained(checkpoint, averaged=averaged).to(place.device)
+        model = pipeline.config.model
+        select(attention, place.device, pipeline.dtype, model.width // model.num_heads)
         work = samples.jobs(texts, seed=seed, per_prompt=per_prompt)
         with Stages(visible=place.is_main) as stages:
             records = samples.draw(

@@ -34,6 +34,29 @@ _ON_CPU = {
 the logits are made again."""
 
 
+def _xformers_forward(*args: Any, out_val: Any = None) -> int:
+    """xformers' arguments: q, k, v, ends of q and k, keys in use, longest q and k, ..."""
+    if args[3] is None:
+        return sdpa_flop_count(*(x.transpose(1, 2).shape for x in args[:3]))
+    packed = flop_registry[torch.ops.aten._flash_attention_forward]
+    return packed(*args[:5], *args[6:8], out_val=out_val)
+
+
+def _xformers_backward(*args: Any, out_val: Any = None) -> int:
+    """The gradient, q, k, v, out, lse, ends of q and k, longest q and k, ... from the second on."""
+    if args[7] is None:
+        return sdpa_backward_flop_count(*(x.transpose(1, 2).shape for x in args[1:5]))
+    packed = flop_registry[torch.ops.aten._flash_attention_backward]
+    return packed(*args[1:11], out_val=out_val)
+
+
+_BY_NAME = {
+    "xformers_flash.flash_fwd": _xformers_forward,
+    "xformers_flash.flash_bwd": _xformers_backward,
+}
+"""Operators that are there once their package is imported (xformers 0.0.35)."""
+
+
 class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of what runs inside it and changes nothing.
 
@@ -49,7 +72,7 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         packet = function.overloadpacket
-        formula = flop_registry.get(packet) or _ON_CPU.get(packet)
+        formula = flop_registry.get(packet) or _ON_CPU.get(packet) or _BY_NAME.get(str(packet))
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result

@@ -345,7 +345,7 @@ def preferring(name: str) -> Iterator[None]:
         prefer(before)
 
 
-_names: dict[tuple[torch.device, Request, str], str] = {}
+_names: dict[tuple[torch.device, torch.dtype, int, Kind, bool, str], str] = {}
 
 
 @torch.compiler.assume_constant_result
@@ -356,8 +356,9 @@ def serving(
 
     A constant in a compiled graph, which is traced anew for each of these arguments.
     """
-    key = (device, Request(dtype, head_dim, mask, causal), wanted)
+    key = (device, dtype, head_dim, mask, causal, wanted)
     name = _names.get(key)
     if name is None:
-        name = _names[key] = choose(key[1], machine(device), wanted).name
+        request = Request(dtype, head_dim, mask, causal)
+        name = _names[key] = choose(request, machine(device), wanted).name
     return name

@@ -181,10 +181,8 @@ def flex(
 
     On CPUs torch has no backward pass for it. On CUDA it has not been run so far.
     """
-    blocks = None
-    frames = Frames(1) if causal else mask
-    if isinstance(frames, Frames):
-        blocks = frame_blocks(frames, q.shape[1], k.shape[1], q.device)
+    assert isinstance(mask, Frames), "other patterns are refused by the backend's table"
+    blocks = frame_blocks(mask, q.shape[1], k.shape[1], q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return _compiled_flex()(q, k, v, block_mask=blocks, scale=scale).transpose(1, 2)
 

@@ -77,12 +77,16 @@ class Packed:
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        pairs = list(zip(self.queries, self.key_lengths, strict=False))
+        pairs = zip(self.queries, self.key_lengths, strict=False)
         uneven = len(self.queries) != len(self.key_lengths)
-        if uneven or not pairs or any(q < 0 or k < 0 or (q and not k) for q, k in pairs):
+        if (
+            uneven
+            or not any(self.queries)
+            or any(q < 0 or k < 0 or (q and not k) for q, k in pairs)
+        ):
             raise ValueError(
                 f"queries {self.queries} and keys {self.keys} are lengths of the same sequences, "
-                "at least one, where those with queries have keys"
+                "at least one of them with queries, and those that have queries have keys"
             )
 
     @property

@@ -127,6 +127,7 @@ def test_nothing_asked_is_answered_with_help_and_64(capsys):
         (["encode", TINY / "encode.yaml", "vae_fram=x"], "Did you mean 'vae_from'?"),
         (["sample", "x", "a dog", "--sampler", "eulr"], "'euler'"),
         (["sample", "x", "a dog", "--format", "mp5"], "Did you mean 'mp4'?"),
+        (["sample", "x", "a dog", "--attention", "flash"], "Did you mean 'flash4'?"),
         (["sample", "x", "a dog", "--steps", "0"], "--steps"),
         (["sample", "x", "a dog", "--seed", str(2**70)], "--seed"),
         (["sample", "x"], "give prompts as arguments, or a --file"),
@@ -326,8 +327,9 @@ def test_a_config_is_shown_whole_and_as_what_it_is(capsys):
 
 def test_the_doctor_looks_and_does_not_break(capsys, tmp_path):
     text = tell(capsys, "doctor", "--folder", tmp_path)
-    for name in ("python", "torch", "processor", "video", "collectives", "disk"):
+    for name in ("python", "torch", "processor", "video", "collectives", "disk", "sdpa"):
         assert any(line.startswith("ok") and name in line for line in text.splitlines()), name
+    assert "flash3         no attention by it: it runs on cuda, and this is cpu" in text
     assert "Traceback" not in text
 
 

@@ -13,7 +13,7 @@ from opensora.dist.collectives import share, shares
 from opensora.dist.groups import traffic
 from opensora.dist.ring import merge
 from opensora.dist.ulysses import SequenceGroups, attend_sharded
-from opensora.ops.attention import FlashBlock, PlainBlock
+from opensora.ops.attention import ChosenBlock, FlashBlock, PlainBlock, attend
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (3, 2), (2, 4), (4, 2), (8, 1), (1, 8)]
 BATCH, LENGTH, HEADS, DIM, TEXT = 2, 13, 3, 4, 5
@@ -36,7 +36,7 @@ def ends(ulysses: int, ring: int) -> list[SequenceGroups]:
     return [SequenceGroups(inner[r][u], outer[u][r]) for r in range(ring) for u in range(ulysses)]
 
 
-def sharded(layout, block, *, causal=False, dtype=torch.float64, length=LENGTH):
+def sharded(layout, block, *, causal=False, dtype=torch.float64, length=LENGTH, whole=None):
     """Outputs and gradients of the ranks put together: out, dq, dk, dv."""
     ulysses, ring = layout
     size = ulysses * ring
@@ -47,7 +47,12 @@ def sharded(layout, block, *, causal=False, dtype=torch.float64, length=LENGTH):
         part = share(length, rank, size)
         mine = [x[:, part].clone().requires_grad_() for x in (q, k, v)]
         out = attend_sharded(
-            *mine, every[rank], block, lengths=tuple(shares(length, size)), causal=causal
+            *mine,
+            every[rank],
+            block,
+            lengths=tuple(shares(length, size)),
+            causal=causal,
+            whole=whole,
         )
         return out.detach(), *torch.autograd.grad((out * weight[:, part]).sum(), mine)
 
@@ -70,6 +75,22 @@ def test_shards_attend_as_the_whole(layout, causal, block):
         assert_close(mine, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2)], ids=str)
+def test_whole_sequences_are_attended_to_by_the_chosen_backend(layout, causal):
+    """Unless a ring is across; four ranks leave one without heads."""
+    calls = []
+
+    def counting(*args, **options):
+        calls.append(args[0].shape[2])
+        return attend(*args, **options)
+
+    found = sharded(layout, ChosenBlock(), causal=causal, whole=counting)
+    for mine, expected in zip(found, whole(causal=causal), strict=True):
+        assert_close(mine, expected, rtol=1e-10, atol=1e-12)
+    assert sum(calls) == (HEADS if layout[1] == 1 else 0)
+
+
 @pytest.mark.parametrize("layout", [(2, 2), (1, 4), (4, 1)], ids=str)
 def test_parts_may_be_empty(layout):
     for mine, expected in zip(sharded(layout, FlashBlock(), length=3), whole(length=3), strict=True):
@@ -88,8 +109,10 @@ def test_in_bf16_the_error_is_that_of_bf16(layout):
         assert (mine.double() - expected).norm() <= 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_text_joins_the_attention_and_stays_the_same_on_every_rank(layout):
+@pytest.mark.parametrize(
+    ("layout", "attends"), [*((at, None) for at in LAYOUTS), ((2, 1), attend), ((2, 2), attend)]
+)
+def test_text_joins_the_attention_and_stays_the_same_on_every_rank(layout, attends):
     ulysses, ring = layout
     size = ulysses * ring
     video, text = tensors(LENGTH), tensors(TEXT)
@@ -104,7 +127,12 @@ def test_text_joins_the_attention_and_stays_the_same_on_every_rank(layout):
         mine = [x[:, part].clone().requires_grad_() for x in video[:3]]
         words = [x.clone().requires_grad_() for x in text[:3]]
         outs = attend_sharded(
-            *mine, every[rank], FlashBlock(), lengths=tuple(shares(LENGTH, size)), text=tuple(words)
+            *mine,
+            every[rank],
+            FlashBlock(),
+            lengths=tuple(shares(LENGTH, size)),
+            text=tuple(words),
+            whole=attends,
         )
         loss = (outs[0] * video[3][:, part]).sum() + (outs[1] * text[3]).sum() * (rank + 1)
         return outs[1].detach(), outs[0].detach(), torch.autograd.grad(loss, [*words, *mine])

@@ -19,13 +19,17 @@ from opensora.train.config import FREE_TO_CHANGE, TrainConfig
         ("vae", "task.loss={l1: 0, l2: 0}", "give one a weight"),
         ("stdit", "task.model.num_heads=5", "num_heads"),
         ("vae", "steps=0", "greater than or equal to 1"),
+        ("vae", "attention=sdpa", "no attention"),
+        ("stdit", "attention=flash5", "attention"),
+        ("stdit", "attention=flex", "attention"),
+        ("stdit", "attention=plain recompute.policy=selective", "policy=block or"),
         ("vae", "guard.windw=9", r"'guard\.windw'\. Did you mean 'window'"),
         ("vae", "optim.kind=muno", "'muon'"),
     ],
 )  # fmt: skip
 def test_impossible_configs_are_refused_with_the_mend(name, change, told, tmp_path):
     with pytest.raises(UsageError, match=told):
-        tiny(name, tmp_path, change)
+        tiny(name, tmp_path, *(change.split() if change.startswith("attention") else [change]))
 
 
 def test_a_config_goes_through_json(tmp_path):
@@ -51,6 +55,7 @@ def test_the_same_config_may_resume_and_free_keys_may_differ(tmp_path):
     moved = tiny(
         "stdit", tmp_path / "moved", "data.cache=elsewhere", "task.vae_from=other",
         "data.num_workers=2", "micro_batch=1", "checkpoint.every=7", "device=auto",
+        "attention=plain",
     )  # fmt: skip
     moved.check_resumable(saved, "here")
 

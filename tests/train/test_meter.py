@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora.engine.flops import FlopCounter
+from opensora.engine.flops import _BY_NAME, FlopCounter
 from opensora.train.meter import Meter, headline
 
 CPU = torch.device("cpu")
@@ -41,6 +41,18 @@ def test_counting_agrees_with_torch_but_for_its_gap_and_changes_no_bit():
     product = 2 * (2 * 3) * 8 * 8 * 4  # Q K', for which torch's table lacks the CPU's kernel
     assert counter.total == reference.get_total_flops() + (2 + 5) * product
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
+
+
+def test_attention_of_xformers_is_counted_as_torch_counts_its_own():
+    """With the arguments of xformers 0.0.35, of a batch and of packed sequences."""
+    forward, backward = (_BY_NAME[f"xformers_flash.flash_{way}"] for way in ("fwd", "bwd"))
+    product = 2 * 2 * (3 * 5 * 5) * 4  # of 3 sequences of 5, two heads of 4
+    batch, packed = torch.empty(3, 5, 2, 4), torch.empty(15, 2, 4)
+    ends = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
+    for x, cu in ((batch, None), (packed, ends)):
+        rest = (0.0, 1.0, False, -1, -1)
+        assert forward(x, x, x, cu, cu, None, 5, 5, *rest, False, None) == 2 * product
+        assert backward(True, x, x, x, x, x, x, cu, cu, 5, 5, *rest, x) == 5 * product
 
 
 def test_a_shape_is_counted_once():

@@ -1,5 +1,6 @@
 """Putting a run together from files: choices that are made once, and refusals before any work."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,8 @@ from opensora.config import to_json
 from opensora.engine import saving
 from opensora.engine.checkpoint import Snapshot
 from opensora.errors import CheckpointError, UsageError
+from opensora.ops import backends
+from opensora.ops.backends import BACKENDS
 from opensora.train import run
 from opensora.train.text_to_video import TextToVideoConfig, load_vae, resolve
 from opensora.zoo import build_vae
@@ -59,6 +62,44 @@ def test_whether_to_compile_is_chosen_once(vae_run, tmp_path, monkeypatch):
     assert run.settle(tiny("vae", tmp_path / "vae2"), ALONE, SLOW_BF16).compile == "never"
     with pytest.raises(UsageError, match="compile=always is for the task text_to_video"):
         tiny("vae", tmp_path / "vae2", "compile=always")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("attention=auto", "sdpa for self-attention, sdpa for cross, sdpa for attention shared"),
+        ("attention=plain", "plain for self-attention, plain for cross, plain for"),
+    ],
+)
+def test_what_serves_attention_is_chosen_and_told_in_one_line(
+    vae_run, tmp_path, caplog, change, told
+):
+    config = tiny("stdit", tmp_path / "run", f'task.vae_from="{vae_run}"', change)
+    config = run.settle(config, ALONE, SLOW_BF16)
+    task = run.build_task(config)
+    try:
+        with caplog.at_level("INFO", logger="opensora"):
+            run.select_attention(config, task, ALONE, run.ALONE)
+        assert [told in r.getMessage() for r in caplog.records] == [True]
+        assert backends.preferred() == config.attention
+    finally:
+        backends.prefer("auto")
+
+
+def test_attention_that_cannot_serve_is_refused(vae_run, tmp_path, monkeypatch):
+    config = tiny("stdit", tmp_path / "run", f'task.vae_from="{vae_run}"', "attention=flash3")
+    config = run.settle(config, ALONE, SLOW_BF16)
+    with pytest.raises(UsageError, match="attention=flash3 cannot serve this run: it runs on cuda"):
+        run.select_attention(config, run.build_task(config), ALONE, run.ALONE)
+    selective = ("recompute.policy=selective", f'task.vae_from="{vae_run}"')
+    config = run.settle(tiny("stdit", tmp_path / "run", *selective), ALONE, SLOW_BF16)
+    task = run.build_task(config)
+    run.select_attention(config, task, ALONE, run.ALONE)
+    # A kernel that nobody has heard of is not one whose results are kept.
+    unheard = dataclasses.replace(BACKENDS["sdpa"], attend=BACKENDS["plain"].attend)
+    monkeypatch.setitem(BACKENDS, "sdpa", unheard)
+    with pytest.raises(UsageError, match="attention=sdpa runs none that is known"):
+        run.select_attention(config, task, ALONE, run.ALONE)
 
 
 def test_the_vae_of_another_run_is_written_into_the_config(vae_run, tmp_path):
