@@ -283,16 +283,16 @@ def _has_triton() -> bool:
 PARTS: dict[str, Part] = {
     "FA3": Part(
         partial(_has_implementation, "FA3", "flash_attn_interface"),
-        "torch 2.11 or newer and FlashAttention 3 (the folder hopper of its sources)",
+        "a newer torch (2.13 has its registry) and FlashAttention 3, the folder hopper of its sources",
     ),
     "FA4": Part(
         partial(_has_implementation, "FA4", "flash_attn.cute.interface"),
-        "torch 2.11 or newer and FlashAttention 4: pip install flash-attn-4",
+        "a newer torch (2.13 has its registry) and FlashAttention 4: pip install flash-attn-4",
     ),
     "xformers": Part(
         partial(_has_module, "xformers"), "xformers: pip install 'opensora[xformers]'"
     ),
-    "varlen": Part(_has_varlen, "torch 2.11 or newer"),
+    "varlen": Part(_has_varlen, "a newer torch (2.13 has it)"),
     "triton": Part(_has_triton, "Triton for this GPU (pip install triton, and a C compiler)"),
 }
 
