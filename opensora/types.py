@@ -96,6 +96,21 @@ class LatentBatch:
 
 
 @dataclass(frozen=True)
+class MixedBatch:
+    """What a rank has of a step that mixes shapes.
+
+    Attributes:
+        pieces: batches of one shape each, those that ranks share first; may be none.
+        stand_in: a batch of one clip to call the model with, for nothing, where other ranks call
+            it more often; None where the last piece can be taken. Ranks that share its clip all
+            have nothing else to do then.
+    """
+
+    pieces: tuple[VideoBatch | LatentBatch, ...]
+    stand_in: VideoBatch | LatentBatch | None = None
+
+
+@dataclass(frozen=True)
 class Condition:
     """What a denoiser is told beside the noisy latents and their levels.
 

@@ -23,7 +23,7 @@ from opensora.data.buckets import Bucket, BucketsConfig, Triple, levels
 from opensora.data.plan import Batch
 from opensora.data.shards import ENTRIES_NAME, SHARD_KIND, TENSORS_NAME, Entry, read_entries
 from opensora.errors import DataError
-from opensora.store import is_complete, open_verified, read_manifest
+from opensora.store import MANIFEST_NAME, is_complete, open_verified, read_manifest
 from opensora.types import Condition, LatentBatch, concatenate
 
 INDEX_KIND = "latent-index"
@@ -42,7 +42,10 @@ class LatentCache:
     """
 
     def __init__(self, directory: Path) -> None:
-        index = open_verified(directory / INDEX_NAME, kind=INDEX_KIND)
+        try:
+            index = open_verified(directory / INDEX_NAME, kind=INDEX_KIND)
+        except DataError as error:
+            raise DataError(f"{error}; {_mend(directory / INDEX_NAME)}") from None
         self.directory = directory
         self.entries = {e.row: e for e in read_entries(directory / INDEX_NAME / ENTRIES_NAME)}
         self.num_rows = int(index.meta["num_rows"])
@@ -94,7 +97,10 @@ class LatentCache:
             from safetensors import SafetensorError, safe_open
 
             folder = self.directory / shard
-            record = read_manifest(folder, kind=SHARD_KIND).files.get(TENSORS_NAME)
+            try:
+                record = read_manifest(folder, kind=SHARD_KIND).files.get(TENSORS_NAME)
+            except DataError as error:
+                raise DataError(f"{error}; {_mend(folder)}") from None
             if record is None or record.tensors is None:
                 raise DataError(f"{folder} lists no tensors; remove it and {REENCODE}")
             try:
@@ -132,7 +138,7 @@ def open_cache(directory: str | Path, *, identity: dict[str, Any] | None = None)
         DataError: the cache is absent, unfinished or damaged, or another encoder made it.
     """
     directory = Path(directory)
-    if not is_complete(directory / INDEX_NAME, kind=INDEX_KIND):
+    if not _is_there(directory / INDEX_NAME):
         state = "was not finished" if directory.is_dir() else "does not exist"
         raise DataError(f"the latent cache {directory} {state}; run `opensora encode`")
     cache = LatentCache(directory)
@@ -215,6 +221,11 @@ class LatentDataset(Dataset[LatentBatch]):
             fps=torch.tensor([entry.fps for entry in entries]),
             features=concatenate(known) if len(known) == len(rows) else None,
         )
+
+
+def _is_there(index: Path) -> bool:
+    """Whether an index was once written; a damaged one is there, and is told as such."""
+    return is_complete(index, kind=INDEX_KIND) or (index / MANIFEST_NAME).is_file()
 
 
 def _place(shape: Bucket | Entry) -> tuple[str, int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from opensora.data.plan import Batch, PartOf, Plan, whole
+from opensora.data.plan import Order, PartOf, whole
 from opensora.errors import OpensoraError, UsageError
 
 Item = TypeVar("Item")
@@ -25,12 +25,12 @@ Answer = TypeVar("Answer", covariant=True)
 class BatchDataset(Protocol[Answer]):
     """What answers a request of the plan: ClipDataset, LatentDataset."""
 
-    def __getitem__(self, batch: Batch, /) -> Answer: ...
+    def __getitem__(self, request: Any, /) -> Answer: ...
 
 
 def batches(
     dataset: BatchDataset[Item],
-    plan: Plan,
+    plan: Order,
     first_step: int = 0,
     *,
     part: PartOf = whole,
@@ -71,7 +71,7 @@ def batches(
 
 def answers(
     dataset: BatchDataset[Item],
-    requests: Iterator[Batch],
+    requests: Iterator[Any],
     *,
     num_workers: int = 0,
     prefetch: int = 2,
@@ -117,9 +117,9 @@ class _Guarded(Dataset[Any]):
     def __init__(self, dataset: BatchDataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, batch: Batch) -> Any:
+    def __getitem__(self, request: Any) -> Any:
         try:
-            return self._dataset[batch]
+            return self._dataset[request]
         except OpensoraError as error:
             return error
 

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,18 @@ class Assigner(Protocol):
     identity: str
 
     def __call__(self, epoch: int) -> Assignment: ...
+
+
+class Order(Protocol):
+    """What the loader needs to know of a plan: `Plan`, `mixing.MixedPlan`."""
+
+    def local(self, step: int, part: PartOf) -> Any:
+        """What one rank reads at a step."""
+        ...
+
+    def check_parts(self, count: Callable[[Bucket], int]) -> None:
+        """Refuse, as UsageError, numbers of parts of each bucket that cannot be read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,9 +111,7 @@ class Plan:
         index = step - self.first_step(epoch)
         bucket, rows = self._epoch(epoch).batch(index)
         members = self._assign(epoch).rows_of(bucket)
-        attempts = rows[:, None] * NUM_SPARES + np.arange(NUM_SPARES)
-        draws = fractions(attempts, self._seed, "replacement", step)
-        spares = members[(draws * len(members)).astype(np.int64)]
+        spares = spares_of(rows, members, seed=self._seed, step=step)
         return Batch(step, epoch, self.buckets[bucket], rows, spares)
 
     def local(self, step: int, part: PartOf) -> Batch:
@@ -110,21 +120,8 @@ class Plan:
         return batch.part(*part(batch.bucket))
 
     def check_parts(self, count: Callable[[Bucket], int]) -> None:
-        """Refuse to cut a batch into more parts than it has clips.
-
-        Args:
-            count: into how many parts the batches of a bucket are cut.
-
-        Raises:
-            UsageError: naming the bucket.
-        """
-        smallest = min(self.buckets, key=lambda bucket: bucket.batch_size / count(bucket))
-        if smallest.batch_size < count(smallest):
-            raise UsageError(
-                f"the bucket {smallest.shape} has a batch size of {smallest.batch_size}, too few "
-                f"for {count(smallest)} data-parallel ranks; raise its batch_size or the "
-                "token_budget"
-            )
+        """Refuse to cut a batch into more parts than it has clips; see `check_parts` below."""
+        check_parts(self.buckets, count)
 
     def first_step(self, epoch: int) -> int:
         """The first step that belongs to an epoch."""
@@ -193,6 +190,34 @@ class Plan:
             parts.insert(0, order)
             count -= len(order)
         return np.concatenate(parts)
+
+
+def check_parts(buckets: tuple[Bucket, ...], count: Callable[[Bucket], int]) -> None:
+    """Refuse to cut a batch into more parts than it has clips.
+
+    Args:
+        count: into how many parts the batches of a bucket are cut.
+
+    Raises:
+        UsageError: naming the bucket.
+    """
+    smallest = min(buckets, key=lambda bucket: bucket.batch_size / count(bucket))
+    if smallest.batch_size < count(smallest):
+        raise UsageError(
+            f"the bucket {smallest.shape} has a batch size of {smallest.batch_size}, too few "
+            f"for {count(smallest)} data-parallel ranks; raise its batch_size or the "
+            "token_budget"
+        )
+
+
+def spares_of(rows: np.ndarray, members: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    """int64 (N, NUM_SPARES): which of `members`, the rows of their bucket, stand in for rows.
+
+    They depend on the row, the step and the seed alone.
+    """
+    attempts = rows[:, None] * NUM_SPARES + np.arange(NUM_SPARES)
+    draws = fractions(attempts, seed, "replacement", step)
+    return members[(draws * len(members)).astype(np.int64)]
 
 
 def once(assign: Assigner) -> list[Batch]:

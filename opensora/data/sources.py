@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opensora.config import Config
 from opensora.data import manifest as manifests
 from opensora.data.assignment import BucketAssigner, Census
-from opensora.data.buckets import BucketsConfig, Triple
+from opensora.data.buckets import Bucket, BucketsConfig, Triple
 from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
 from opensora.data.latents import CachedAssigner, LatentDataset, open_cache
 from opensora.data.loading import BatchDataset, answers, batches
-from opensora.data.plan import PartOf, Plan, once, whole
+from opensora.data.mixing import Cost, MixedDataset, MixedPlan, MixingConfig
+from opensora.data.plan import Order, PartOf, Plan, once, whole
 from opensora.data.synthetic import (
     SyntheticAssigner,
     SyntheticDataset,
@@ -24,7 +24,7 @@ from opensora.data.synthetic import (
 )
 
 
-class ClipsSourceConfig(Config):
+class ClipsSourceConfig(MixingConfig):
     """Decode videos in every step."""
 
     kind: Literal["clips"] = "clips"
@@ -37,7 +37,7 @@ class ClipsSourceConfig(Config):
     )
 
 
-class LatentsSourceConfig(Config):
+class LatentsSourceConfig(MixingConfig):
     """Read latents that `opensora encode` has written."""
 
     kind: Literal["latents"] = "latents"
@@ -52,6 +52,11 @@ DataConfig = Annotated[
 ]
 
 
+def tokens(bucket: Bucket) -> float:
+    """The cost of a clip where nothing better is known."""
+    return float(bucket.num_tokens)
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a task asks of its data.
@@ -63,6 +68,7 @@ class Needs:
         latents: identity of the encoder whose cached latents fit, or None.
         part: which part of a bucket's training batches this rank reads.
         validation_part: (index, count), which of the validation batches.
+        cost: of a step on one clip of a bucket, by which `mix: clips` deals clips to ranks.
     """
 
     stride: Triple
@@ -71,6 +77,7 @@ class Needs:
     latents: dict[str, Any] | None
     part: PartOf = whole
     validation_part: tuple[int, int] = (0, 1)
+    cost: Cost = tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Source:
 
     census: Census
     identity: str
-    _plan: Plan
+    _plan: Order
     _dataset: BatchDataset[Any]
     _validation: tuple[BucketAssigner | CachedAssigner, BatchDataset[Any]] | None
     _needs: Needs
@@ -140,13 +147,18 @@ def open_source(
     else:
         assigner, dataset = _latents(config.cache, config, needs)
         held = config.validation and _latents(config.validation, config, needs)
-    plan = Plan(assigner, seed=seed)
+    read: BatchDataset[Any] = dataset
+    if config.mix == "clips":
+        plan = MixedPlan(assigner, seed=seed, cost=needs.cost)
+        read = MixedDataset(dataset)
+    else:
+        plan = Plan(assigner, seed=seed)
     plan.check_parts(lambda bucket: needs.part(bucket)[1])
     return Source(
         assigner(0).census,
         plan.identity,
         plan,
-        dataset,
+        read,
         held or None,
         needs,
         config.num_workers,

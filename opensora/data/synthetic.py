@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from opensora.config import Config
 from opensora.data.assignment import Assignment, Census
 from opensora.data.buckets import BucketsConfig, Triple, levels
+from opensora.data.mixing import MixingConfig
 from opensora.data.plan import Batch
 from opensora.runtime import noise
 from opensora.types import LatentBatch
 
 
-class SyntheticSourceConfig(Config):
+class SyntheticSourceConfig(MixingConfig):
     """Random latents; the buckets say of which shapes."""
 
     kind: Literal["synthetic"] = "synthetic"
@@ -45,7 +45,8 @@ class SyntheticAssigner:
         kept = {b.shape: c for b, c in zip(buckets, counts, strict=True) if c}
         census = Census(config.num_samples, kept, {}, {})
         self._assignment = Assignment(buckets, bucket_of_row, census)
-        content = f"synthetic {config.model_dump_json()} {stride} {patch}"
+        decides = config.model_dump_json(exclude={"mix", "num_workers"})  # mix has its own plan
+        content = f"synthetic {decides} {stride} {patch}"
         self.identity = hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, epoch: int) -> Assignment:

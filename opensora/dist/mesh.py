@@ -85,6 +85,12 @@ class Layout:
         enough = (d for d in self.degrees if num_tokens <= d * max_tokens)
         return next(enough, self.sequence)
 
+    def part(self, rank: int, degree: int) -> tuple[int, int]:
+        """(index, count): which part of a step's samples a rank takes when every clip is shared by
+        `degree` ranks; those take the same part."""
+        together = degree * self.tp
+        return rank // together, self.world_size // together
+
 
 def resolve(config: ParallelConfig, world_size: int, *, shards: bool) -> Layout:
     """The layout of a config on some number of ranks.
@@ -158,7 +164,5 @@ class Mesh:
         return self._groups.get(degree, SequenceGroups())
 
     def part(self, degree: int) -> tuple[int, int]:
-        """(index, count): which part of a step's samples this rank takes when every clip is shared
-        by `degree` ranks; those take the same part."""
-        together = degree * self.layout.tp
-        return self.rank // together, self.layout.world_size // together
+        """`Layout.part` of this rank."""
+        return self.layout.part(self.rank, degree)

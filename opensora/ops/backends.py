@@ -283,7 +283,7 @@ def _has_triton() -> bool:
 PARTS: dict[str, Part] = {
     "FA3": Part(
         partial(_has_implementation, "FA3", "flash_attn_interface"),
-        "a newer torch (2.13 has its registry) and FlashAttention 3, the folder hopper of its sources",
+        "a newer torch (2.13 has its registry) and FlashAttention 3, built from its folder hopper",
     ),
     "FA4": Part(
         partial(_has_implementation, "FA4", "flash_attn.cute.interface"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from opensora.types import MixedBatch
+
 Batches = Iterator[Any]
 
 
@@ -28,12 +30,27 @@ class Source(Protocol):
         ...
 
 
+def pieces(batch: Any) -> tuple[Any, ...]:
+    """What a rank has of a step, by shape; may be none where shapes mix."""
+    return batch.pieces if isinstance(batch, MixedBatch) else (batch,)
+
+
 def split(batch: Any, micro_batch: int | None) -> list[Any]:
-    """A batch in pieces of at most `micro_batch` samples."""
-    size = len(batch)
+    """A batch in pieces of one shape and at most `micro_batch` samples."""
+    return [part for piece in pieces(batch) for part in _split(piece, micro_batch)]
+
+
+def _split(piece: Any, micro_batch: int | None) -> list[Any]:
+    size = len(piece)
     if micro_batch is None or micro_batch >= size:
-        return [batch]
-    return [batch[start : start + micro_batch] for start in range(0, size, micro_batch)]
+        return [piece]
+    return [piece[start : start + micro_batch] for start in range(0, size, micro_batch)]
+
+
+def stand_in(batch: Any, parts: list[Any]) -> Any:
+    """What to call the model with, for nothing, when other ranks have more parts."""
+    given = batch.stand_in if isinstance(batch, MixedBatch) else None
+    return parts[-1] if given is None else given
 
 
 def tensor_shape(batch: Any) -> tuple[int, ...]:

@@ -43,13 +43,14 @@ FREE_TO_CHANGE = (
     "validation",
     "resume_despite",
     "data.num_workers",
+    "data.mix",
     "data.manifest",
     "data.cache",
     "data.validation",
     "task.vae_from",
 )
 """Keys that may differ before and after a resume: none of them moves a weight. Paths are among
-them because what they lead to is compared by its digest."""
+them because what they lead to is compared by its digest, and so is what `data.mix` changes."""
 
 
 class CheckpointConfig(Config):
@@ -158,6 +159,8 @@ class TrainConfig(Config):
             raise ValueError("recompute is for the task text_to_video; leave it out here")
         if self.task.kind == "autoencoder" and self.data.kind == "synthetic":
             raise ValueError("task autoencoder trains on clips: data.kind=synthetic has latents")
+        if self.task.kind == "autoencoder" and self.data.mix == "clips":
+            raise ValueError("data.mix=clips is for the task text_to_video; leave it out here")
         if self.samples.every and self.task.kind != "text_to_video":
             raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
         return self

@@ -21,6 +21,7 @@ from opensora.data.buckets import Bucket, levels
 from opensora.dist.mesh import Layout, ParallelConfig, resolve
 from opensora.engine import planner, recompute
 from opensora.engine.engines import shards
+from opensora.engine.flops import rehearsal
 from opensora.engine.footprint import Footprint, ImaginedMesh, rehearse
 from opensora.engine.fsdp import FsdpConfig
 from opensora.engine.planner import Device, Memory
@@ -129,6 +130,33 @@ def _placements(config: TrainConfig, ranks: int, bucket: Bucket) -> list[dict[st
         if bucket.batch_size * degree >= ranks:
             found.append({"engine": engine, "parallel": ParallelConfig(ulysses=degree)})
     return found
+
+
+def clip_cost(config: TrainConfig) -> Callable[[Bucket], float]:
+    """FLOPs of a step on one clip of a bucket, by which clips are dealt to ranks.
+
+    Rehearsed once for each resolution and length; other proportions follow by their tokens.
+    """
+    assert isinstance(config.task, TextToVideoConfig)
+    task, per_token = config.task, {}
+
+    def cost(bucket: Bucket) -> float:
+        key = (bucket.resolution, bucket.num_frames)
+        if key not in per_token:
+            done = _at_depth(config, task, Layout(), bucket, 1, 1, config.recompute)
+            encoded = _encoding(task, bucket) if config.data.kind == "clips" else 0
+            per_token[key] = (done.flops + encoded) / bucket.num_tokens
+        return per_token[key] * bucket.num_tokens
+
+    return cost
+
+
+def _encoding(task: TextToVideoConfig, bucket: Bucket) -> int:
+    """FLOPs of the VAE on one clip."""
+    with rehearsal(torch.device("cpu")) as (counter, _), torch.no_grad():
+        vae = zoo.build_vae(task.vae or zoo.VAEConfig())
+        vae.encode(torch.empty(1, 3, bucket.num_frames, bucket.height, bucket.width))
+    return counter.total
 
 
 def _largest(config: TrainConfig) -> list[Bucket]:

@@ -6,21 +6,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from opensora.runtime import Runtime
 from opensora.train.tasks import StepLoss
 
 
-def offenders(batch: Any, outputs: Sequence[StepLoss], runtime: Runtime) -> list[dict[str, Any]]:
+def offenders(
+    parts: Sequence[Any], outputs: Sequence[StepLoss], runtime: Runtime
+) -> list[dict[str, Any]]:
     """The samples of a step on all ranks, the worst first.
+
+    Args:
+        parts: this rank's micro-batches.
+        outputs: what the task gave for each.
 
     Returns:
         {'id', 'loss', 'text'} of each; a loss that is not a number counts as the worst.
     """
-    losses = torch.cat([output.per_sample for output in outputs]).tolist()
-    rows = zip(batch.sample_ids.tolist(), losses, batch.texts, strict=True)
-    mine = [{"id": number, "loss": loss, "text": text} for number, loss, text in rows]
+    mine = [
+        {"id": number, "loss": loss, "text": text}
+        for part, output in zip(parts, outputs, strict=False)  # one without parts has an output
+        for number, loss, text in zip(
+            part.sample_ids.tolist(), output.per_sample.tolist(), part.texts, strict=True
+        )
+    ]
     everyone = [sample for part in runtime.gather_objects(mine) for sample in part]
     return sorted(everyone, key=lambda sample: _badness(sample["loss"]), reverse=True)
 

@@ -27,6 +27,7 @@ from opensora.runtime import Runtime, log
 from opensora.train import optim
 from opensora.train.autoencoder import Autoencoder, AutoencoderConfig
 from opensora.train.config import TrainConfig
+from opensora.train.forecast import clip_cost
 from opensora.train.signals import Requests, listening
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve
@@ -247,7 +248,8 @@ def needs_of(config: TrainConfig, task: Task, work: Share = ALONE) -> sources.Ne
     if isinstance(config.data, sources.LatentsSourceConfig):
         identity = task.latent_identity(open_cache(config.data.cache).identity)
     patch, channels = task.config.model.patch, task.vae.latent_channels
-    return sources.Needs(task.vae.stride, patch, channels, identity, *shares)
+    cost = clip_cost(config) if config.data.mix == "clips" else sources.tokens
+    return sources.Needs(task.vae.stride, patch, channels, identity, *shares, cost)
 
 
 def _bytes_to_save(task: Task) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opensora.engine.deferred import Recipe
@@ -34,6 +35,12 @@ class StepLoss:
     count: Tensor
     per_sample: Tensor
     metrics: Sums = field(default_factory=dict)
+
+    def nothing(self) -> StepLoss:
+        """The loss of no samples, with the same metrics."""
+        zero = torch.zeros(())
+        none = dict.fromkeys(self.metrics, (zero, zero))
+        return StepLoss(zero, zero, torch.zeros(0), none)
 
 
 class Task(nn.Module, ABC):

@@ -19,7 +19,15 @@ from opensora.engine.interface import Engine, Update
 from opensora.errors import DataError, Preempted
 from opensora.runtime import Runtime, log
 from opensora.train.bar import Bar
-from opensora.train.batches import Batches, Source, close, split, tensor_shape
+from opensora.train.batches import (
+    Batches,
+    Source,
+    close,
+    pieces,
+    split,
+    stand_in,
+    tensor_shape,
+)
 from opensora.train.config import TrainConfig
 from opensora.train.exchange import Totals, exchange
 from opensora.train.incidents import offenders
@@ -123,12 +131,12 @@ class Trainer:
         """One optimizer step: micro-batches, one exchange of sums, a verdict, an update."""
         config, step = self.config, self.progress.step
         parts = split(batch, config.micro_batch)
-        outputs, flops = self._backward(parts)
+        outputs, flops = self._backward(parts, stand_in(batch, parts))
         totals = exchange(
             outputs,
             self.runtime,
             tokens=sum(self.task.tokens(part) for part in parts),
-            replaced=getattr(batch, "replaced", 0) / self.task.sharing(batch),
+            replaced=sum(piece.replaced / self.task.sharing(piece) for piece in pieces(batch)),
             flops=flops,
             asked=self.requests.take(),
             unwritten=self.state.pending is not None and not self.state.pending.written,
@@ -150,12 +158,16 @@ class Trainer:
         if update.accepted and self.ema is not None:
             self.ema.update(step)
         if reasons[0] is not None:
-            self._write_down(batch, outputs, reasons[0], update)
+            self._write_down(parts, outputs, reasons[0], update)
         self.guard.record(totals.loss, reasons[0], step=step + 1)
         return totals, update
 
-    def _backward(self, parts: list[Any]) -> tuple[list[StepLoss], int]:
-        """Gradients of every micro-batch; returns what the task told and the FLOPs it took."""
+    def _backward(self, parts: list[Any], spare: Any) -> tuple[list[StepLoss], int]:
+        """Gradients of every micro-batch; returns what the task told and the FLOPs it took.
+
+        Args:
+            spare: what this rank works on, for nothing, while others have more to do.
+        """
         outputs, flops, rounds = [], 0, self._rounds(len(parts))
         for number, part in enumerate(parts, 1):
             last = number == rounds
@@ -164,15 +176,20 @@ class Trainer:
             output, cost = self.meter.counted(tensor_shape(part), work, rehearse=rehearse)
             outputs.append(output)
             flops += cost
-        for number in range(len(parts) + 1, rounds + 1):  # keeps step with ranks that have more
-            self.engine.backward(parts[-1], self.progress.step, last=number == rounds, weight=0.0)
+        for number in range(len(parts) + 1, rounds + 1):
+            last = number == rounds
+            output = self.engine.backward(spare, self.progress.step, last=last, weight=0.0)
+            outputs = outputs or [output.nothing()]
         return outputs, flops
 
     def _rounds(self, mine: int) -> int:
-        """How often the model is called in a step, where all ranks must call it equally often."""
-        if not self.engine.collective or self.config.micro_batch is None:
-            return mine
-        return int(self.runtime.all_reduce(torch.tensor([float(mine)]), "max").item())
+        """How often the model is called in a step: at least once, so that all ranks meet where
+        gradients are added, and on all ranks equally often where the engine asks for that."""
+        even = self.config.micro_batch is None and self.config.data.mix == "steps"
+        if not self.engine.collective or even:
+            return max(1, mine)
+        most = self.runtime.all_reduce(torch.tensor([float(mine)]), "max").item()
+        return max(1, int(most))
 
     def _count(self, batch: Any, totals: Totals, seconds: float) -> int:
         """Note a step that was tried; returns how many there are now."""
@@ -181,12 +198,15 @@ class Trainer:
         progress.tokens += totals.tokens
         progress.replaced += totals.replaced
         progress.seconds += seconds
-        progress.saw(self.task.shape(batch))
+        for piece in pieces(batch):
+            progress.saw(self.task.shape(piece))
         return progress.step
 
-    def _write_down(self, batch: Any, outputs: list[StepLoss], reason: str, update: Update) -> None:
+    def _write_down(
+        self, parts: list[Any], outputs: list[StepLoss], reason: str, update: Update
+    ) -> None:
         """Tell which samples were in a skipped step, on all ranks."""
-        samples, step = offenders(batch, outputs, self.runtime), self.progress.step + 1
+        samples, step = offenders(parts, outputs, self.runtime), self.progress.step + 1
         ids = ", ".join(str(sample["id"]) for sample in samples[:4])
         log.warning("step %d skipped: %s; worst samples: %s", step, reason, ids)
         values = {"reason": reason, "gradient_norm": update.gradient_norm, "samples": samples}
@@ -254,7 +274,8 @@ class Trainer:
     def _any_batch(self) -> Any:
         batches = self.source.train(0)
         try:
-            return next(batches)
+            batch = next(batches)
+            return stand_in(batch, list(pieces(batch)))
         finally:
             close(batches)
 

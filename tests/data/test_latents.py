@@ -4,10 +4,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -264,57 +260,6 @@ def test_too_little_space_is_told_after_the_first_batch(tmp_path, monkeypatch):
         encode(make_job(tmp_path))
     # Nine clips of 5 latent frames and two of 1 are 3 KB and 0.6 KB each, plus some text.
     assert asked[0] == pytest.approx(11 * 3 * 5 * 64 * 4, rel=0.1)
-
-
-WORKER = """
-    import os, sys
-    sys.path[:0] = [{tests!r}]
-    from pathlib import Path
-    from data_support import make_job
-    from opensora.data.encode import encode, publish
-    for stop in range(1, 400):
-        pid = os.fork()
-        if pid == 0:
-            calls = 0
-            def counted(function):
-                def call(*args, **kwargs):
-                    global calls
-                    calls += 1
-                    if calls == stop:
-                        os._exit(137)
-                    return function(*args, **kwargs)
-                return call
-            for name in ("mkdir", "fsync", "rename", "replace", "rmdir"):
-                setattr(os, name, counted(getattr(os, name)))
-            job = make_job(Path(sys.argv[1]), num_rows=6)
-            encode(job)
-            publish(job)
-            os._exit(0)
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
-            print(stop - 1)
-            break
-"""
-
-
-def test_a_writer_killed_again_and_again_finishes_and_repeats_nothing(tmp_path):
-    make_job(tmp_path, num_rows=6)
-    script = textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent))
-    ran = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=200
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    # The attempts go on from each other: attempt n dies at its n-th change of the disk.
-    assert int(ran.stdout) >= 10
-    job = make_job(tmp_path, num_rows=6)
-    check_whole(job, 6)
-    rows = [
-        entry.row
-        for shard in store.complete_folders(job.directory, kind="latents")
-        for entry in encoding.read_entries(shard / "entries.json")
-    ]
-    assert sorted(rows) == list(range(6))
-    left = {p.name for p in job.directory.iterdir()} - set(shards(job))
-    assert left == {"index"}
 
 
 def test_real_videos_go_through_the_cache(tmp_path, videos):

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,29 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from train_support import MemorySource, clips, latents, make_trainer, points, tiny, toy_trainer
+from train_support import (
+    MemorySource,
+    clips,
+    fresh_task,
+    latents,
+    make_trainer,
+    points,
+    tiny,
+    toy_trainer,
+)
 
 from opensora import disk, runtime
+from opensora.data import sources
 from opensora.dist import sharded
 from opensora.engine import shards
 from opensora.engine.checkpoint import Opened, Snapshot
 from opensora.engine.saving import Saving
 from opensora.errors import OpensoraError, StorageError
 from opensora.runtime import Runtime
+from opensora.train.config import TrainConfig
+from opensora.train.run import Share, needs_of
 from opensora.train.signals import listening
+from opensora.train.tasks import Task
 
 STEPS = "steps=5"
 
@@ -243,6 +257,60 @@ def _as(value: torch.Tensor, layout: Any) -> torch.Tensor:
     return value if layout is None else distribute_tensor(value, *layout, src_data_rank=None)
 
 
+class Planned:
+    """Synthetic data of many shapes through the real plan, as a source that `make_trainer` takes.
+
+    Attributes:
+        seen: (step, sample ids) of every training batch that was handed out.
+    """
+
+    has_validation = False
+    identity = "planned"
+
+    def __init__(self, config: TrainConfig, task: Task):
+        self.config, self.task, self.share = config, task, Share()
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def train(self, first_step: int) -> Iterator[Any]:
+        needs = needs_of(self.config, self.task, self.share)
+        opened = sources.open_source(self.config.data, needs, seed=0)
+        for step, batch in enumerate(opened.train(first_step), first_step):
+            ids = [i for piece in batch.pieces for i in piece.sample_ids.tolist()]
+            self.seen.append((step, ids))
+            yield batch
+
+
+def mixing(output: Path, place: Runtime, *overrides: str) -> Any:
+    """Steps of clips with 4, 8 and 32 tokens, dealt by cost."""
+    shapes = "{32px: {1: [1, 6], 5: [1, 5]}, 64px: {5: [1, 4]}}"
+    data = "data={kind: synthetic, mix: clips, num_samples: 40, "
+    data += f'buckets: {{resolutions: {shapes}, aspect_ratios: ["1:1"]}}}}'
+    vae = f"task.vae={tiny('vae', output).task.vae.model_dump_json()}"
+    config = tiny("stdit", output, STEPS, "checkpoint.every=0", data, vae, *overrides)
+    task = fresh_task(config)
+    source = Planned(config, task)
+    trainer = make_trainer(config, place, task=task, source=source)  # type: ignore[arg-type]
+    trainer.run()
+    return source.seen[:5]
+
+
+def mixed(output: Path, place: Runtime) -> Any:
+    return mixing(output, place)
+
+
+def mixed_shared(output: Path, place: Runtime) -> Any:
+    """The longest clips are shared by two ranks, the others by none."""
+    return mixing(output, place, f"parallel.ulysses={place.world_size}", "parallel.max_tokens=16")
+
+
+def mixed_sharded(output: Path, place: Runtime) -> Any:
+    """The longest clips are shared by all; parameters too, so all call the model equally often."""
+    engine = ["engine.kind=fsdp"] * (place.world_size > 1)
+    degree = f"parallel.ulysses={place.world_size}"
+    return mixing(output, place, degree, "parallel.max_tokens=8", "micro_batch=1", *engine)
+
+
+MIXED = (mixed, mixed_shared, mixed_sharded)
 SCENARIOS = (
     autoencoder,
     text_to_video,
@@ -261,6 +329,7 @@ SCENARIOS = (
     fsdp_shared,
     fsdp_goes_on,
     full_disk_of_the_last,
+    *MIXED,
 )
 ON_FOUR = (
     ulysses,
@@ -272,6 +341,7 @@ ON_FOUR = (
     fsdp_shared,
     fsdp_goes_on_in_copies,
     placements,
+    *MIXED,
 )
 
 

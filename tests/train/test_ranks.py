@@ -186,6 +186,19 @@ def test_micro_batches_on_one_rank_are_the_whole_batch(tmp_path):
         assert_close(pieces[name], whole[name], rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in ranks.MIXED])
+def test_steps_that_mix_shapes_are_the_same_on_any_ranks(scenario, degree, two, four, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    found = two if degree == 2 else four
+    parts = found.of(scenario)
+    for number, (step, whole) in enumerate(rows):
+        assert {part[number][0] for part in parts} == {step}
+        assert {row for part in parts for row in part[number][1]} == set(whole)
+    assert parts[0] != parts[1]
+    assert_equal_runs(tmp_path / "one", found.run(scenario), rows, [rows])
+
+
 def test_a_run_of_one_rank_goes_on_on_two(two, tmp_path):
     ranks.training(tmp_path / "one", ALONE, "stdit")
     rows = ranks.training(tmp_path / "one", ALONE, "stdit", "steps=8", "resume_despite=[steps]")
