@@ -8,7 +8,8 @@ from opensora.engine.planner import Device
 from opensora.errors import UsageError
 from opensora.ops import backends
 from opensora.train.config import TrainConfig
-from opensora.train.forecast import Forecast, Row, forecast, suggest
+from opensora.train.forecast import Forecast, Row, forecast
+from opensora.train.suggestion import Attempt, fitting, search
 from opensora.train.text_to_video import TextToVideoConfig, resolve
 
 SUSTAINED = 0.45
@@ -40,7 +41,9 @@ def plan(
     worst = found.peak
     if worst.memory.total <= target.memory:
         return
-    better = suggest(config, ranks, target, worst.bucket)
+    tried = search(config, ranks, target, worst.bucket)
+    _describe_search(config, tried)
+    better = fitting(tried, target)
     largest = max(vars(worst.memory).items(), key=lambda item: item[1])
     problem = (
         f"{worst.bucket.shape} needs {_gb(worst.memory.total)} of the {_gb(target.memory)} of one "
@@ -66,7 +69,7 @@ def _with_vae(config: TrainConfig) -> TrainConfig:
 def _changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The overrides that lead from one config to the other."""
     found = []
-    for key in ("engine", "parallel", "recompute"):
+    for key in ("engine", "parallel", "recompute", "optim"):
         before, after = getattr(old, key), getattr(new, key)
         if before != after:
             found += [f"{key}.{name}={value}" for name, value in _set(before, after)]
@@ -100,10 +103,21 @@ def _describe(
 def _describe_memory(row: Row, target: Device, gpu: str) -> None:
     print(f"\npeak memory of a rank, at {row.bucket.shape} with {row.clips} clips at a time")
     for name, value in vars(row.memory).items():
-        if value:
+        if value and name != "host":
             print(f"{_gb(value):>12}  {name}")
     share = row.memory.total / target.memory
-    print(f"{_gb(row.memory.total):>12}  of {_gb(target.memory)} on one {gpu} ({share:.0%})\n")
+    print(f"{_gb(row.memory.total):>12}  of {_gb(target.memory)} on one {gpu} ({share:.0%})")
+    if row.memory.host:
+        print(f"{_gb(row.memory.host):>12}  of pinned host memory beside it")
+    print()
+
+
+def _describe_search(config: TrainConfig, tried: list[Attempt]) -> None:
+    print("\nwhat it would take, changed:")
+    for attempt in tried:
+        least = "" if attempt.rehearsed else "at least "
+        changes = " ".join(_changes(config, attempt.config)) or "nothing"
+        print(f"{least + _gb(attempt.memory):>20}  {changes}")
 
 
 def _describe_run(config: TrainConfig, found: Forecast, ranks: int, price: float | None) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,8 @@ CompileChoice = Literal["auto", "always", "never"]
 NUM_SHAPES = 256
 """Shapes of batch that one run may compile for; a training plan with more is refused at the 257th
 rather than slowed down in silence."""
+
+_training = ContextVar("training", default=False)
 
 
 def missing(device: torch.device) -> str | None:
@@ -62,6 +66,17 @@ def choose(choice: CompileChoice, device: torch.device) -> bool:
     return lacking is None
 
 
+@contextmanager
+def in_training() -> Iterator[None]:
+    """Inside it compiled blocks run compiled, whether or not gradients are asked for: a part of a
+    training step whose graph is made later."""
+    token = _training.set(True)
+    try:
+        yield
+    finally:
+        _training.reset(token)
+
+
 def apply(blocks: Sequence[nn.Module], *, backend: Backend = "inductor") -> None:
     """Compile the forward of each block for training, in place; parameters keep their names.
 
@@ -85,7 +100,7 @@ def _trained(block: nn.Module, backend: Backend) -> Callable[..., Any]:
     varying = {names.index(name): dim for name, dim in getattr(block, "varying_dims", {}).items()}
 
     def forward(*inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or _training.get()):
             return plain(*inputs)
         for position, dim in varying.items():
             _mark(inputs[position], dim)

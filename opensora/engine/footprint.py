@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from opensora.dist.groups import Shape, Wait
 from opensora.dist.mesh import Layout
 from opensora.dist.ulysses import SequenceGroups
+from opensora.engine import host
 from opensora.engine.flops import rehearsal
 
 
@@ -29,16 +30,17 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         live: bytes now.
         peak: the most there were since the last `reset`.
+        host, host_peak: the same of what was put on the host (`opensora.engine.host`).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.host = self.host_peak = 0
         self._known: set[int] = set()
 
     def reset(self) -> None:
         """Begin to look for the peak anew."""
-        self.peak = self.live
+        self.peak, self.host_peak = self.live, self.host
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         result = function(*args, **(kwargs or {}))
@@ -51,15 +53,22 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = storage.nbytes()
+        on_host = host.allocating()
         self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
+        self._count(storage.nbytes(), on_host)
+        weakref.finalize(storage, self._forget, key, storage.nbytes(), on_host)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _count(self, size: int, on_host: bool) -> None:
+        if on_host:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+        else:
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int, on_host: bool) -> None:
         self._known.discard(key)
-        self.live -= size
+        self._count(-size, on_host)
 
 
 class Imagined:
@@ -106,8 +115,10 @@ class Footprint:
         activations: peak bytes of forward and backward beside the parameters; with full gradients
             where they are kept.
         update: peak bytes of the optimizer's step beside the parameters: gradients, state and what
-            it takes in between.
-        state: bytes of the optimizer's state.
+            it takes in between; 0 where gradients are sharded.
+        state: bytes of the optimizer's state on the device, whole.
+        host: peak bytes that forward and backward keep on the host.
+        host_state: bytes of the optimizer's state there, whole.
     """
 
     parameters: int
@@ -115,6 +126,8 @@ class Footprint:
     activations: int
     update: int
     state: int
+    host: int = 0
+    host_state: int = 0
 
 
 def rehearse(
@@ -145,10 +158,15 @@ def rehearse(
         with torch.autocast("cpu", precision, precision != torch.float32):
             loss = call()
         loss.backward()
-        activations, flops = memory.peak - before, counter.total
+        activations, flops, host_peak = memory.peak - before, counter.total, memory.host_peak
         del loss
-        update, state = _update(module, build, memory, before) if keeps_gradients else (0, 0)
-    return Footprint(sum(p.numel() for p in trained), flops, activations, update, state)
+        if not keeps_gradients:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        update, state, host_state = _update(module, build, memory, before)
+    update = update if keeps_gradients else 0
+    parameters = sum(p.numel() for p in trained)
+    return Footprint(parameters, flops, activations, update, state, host_peak, host_state)
 
 
 def _let_go(parameter: Tensor) -> None:
@@ -160,16 +178,10 @@ def _update(
     build: Callable[[nn.Module], list[torch.optim.Optimizer]],
     memory: LiveMemory,
     before: int,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     optimizers = build(module)
     memory.reset()
+    live, on_host = memory.live, memory.host
     for optimizer in optimizers:
         optimizer.step()
-    state = sum(
-        value.nbytes
-        for optimizer in optimizers
-        for values in optimizer.state.values()
-        for value in values.values()
-        if isinstance(value, Tensor)
-    )
-    return memory.peak - before, state
+    return memory.peak - before, memory.live - live, memory.host - on_host

@@ -148,7 +148,7 @@ def restore(module: nn.Module, optimizers: Optimizers, state: State) -> None:
                 "does not train; resume with the config that wrote it"
             )
         if value.dim():  # counters stay where the optimizer keeps them, on the CPU
-            value = placed(value.to(parameter.device), parameter)
+            value = placed(value.to(parameter.device, parameter.dtype), parameter)
         owner[id(parameter)].state[parameter][key] = value.clone()
 
 

@@ -64,10 +64,12 @@ class Memory:
     activations: float
     gathered: float
     reserved: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        """Of the device; `host` is pinned memory elsewhere."""
+        return sum(vars(self).values()) - self.host
 
 
 def memory(
@@ -80,7 +82,6 @@ def memory(
     frozen_bytes: float,
     unit_parameters: int,
     gather_bytes: int,
-    state_bytes: float,
 ) -> Memory:
     """Peak memory of a rank.
 
@@ -89,7 +90,6 @@ def memory(
         averages: whether an average of the weights is kept.
         unit_parameters: of the largest part that is gathered at once; the next one is on its way.
         gather_bytes: of a gathered parameter.
-        state_bytes: of the optimizer's state per parameter.
     """
     parts = layout.dp_shard * layout.sequence if sharded else 1
     held = footprint.parameters / parts
@@ -97,12 +97,13 @@ def memory(
     return Memory(
         weights=4 * held,
         gradients=4 * held if sharded else 4 * held * (copies - 1),
-        optimizer=state_bytes * held,
+        optimizer=footprint.state / parts,
         averages=4 * held if averages else 0.0,
         frozen=frozen_bytes,
         activations=footprint.activations,
         gathered=2 * gather_bytes * unit_parameters if sharded else 0.0,
         reserved=target.reserved,
+        host=footprint.host + footprint.host_state / parts,
     )
 
 
@@ -112,6 +113,6 @@ def extrapolate(two: Footprint, three: Footprint, depth: int) -> Footprint:
     return Footprint(
         *(
             round(getattr(two, f) + (depth - 2) * (getattr(three, f) - getattr(two, f)))
-            for f in ("parameters", "flops", "activations", "update", "state")
+            for f in vars(two)
         )
     )

@@ -1,7 +1,7 @@
 """Less memory for activations, applied to a model from outside; every policy leaves values alone.
 
-In the order in which they are applied: token-wise parts in tiles, blocks or pairs of blocks that
-are computed again in the backward pass, and what still has to be kept moved to the host.
+Blocks or pairs of blocks are computed again in the backward pass, in tiles or whole, and what still
+has to be kept is moved to the host.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 from opensora.config import Config
+from opensora.engine import tiles
+from opensora.engine.host import keep_on_host
 from opensora.errors import UsageError
 from opensora.ops.backends import BACKENDS
 from opensora.ops.selection import Selection
@@ -42,29 +44,51 @@ class RecomputeConfig(Config):
     tiles: int = Field(
         default=1,
         ge=1,
-        description="attention within blocks, cross-attention and MLP run on this many parts of "
-        "their tokens one after the other, so that what lies within them is never whole",
+        description="blocks run on about this many parts of their tokens one after the other, by "
+        "frames, by places or by tokens, so that what lies within them is never whole",
     )
     offload: bool = Field(
         default=False, description="move what is kept to pinned host memory (a GPU's)"
     )
 
+    @model_validator(mode="after")
+    def _tiles_are_recomputed(self) -> RecomputeConfig:
+        if self.tiles > 1 and self.policy == "none":
+            raise ValueError(
+                f"tiles={self.tiles} needs a policy, because a tile is computed again in the "
+                "backward pass: set recompute.policy=block, or pair, which keeps less"
+            )
+        return self
 
-def apply(model: nn.Module, config: RecomputeConfig) -> None:
-    """Change how the blocks of a model run while gradients are asked for."""
+
+def apply(
+    model: nn.Module,
+    config: RecomputeConfig,
+    *,
+    compile_blocks: Callable[[list[nn.Module]], None] = lambda blocks: None,
+) -> None:
+    """Change how the blocks of a model run while gradients are asked for.
+
+    Args:
+        compile_blocks: compiles them in place. Recomputation of whole blocks is within what is
+            compiled; tiles and pairs are around it.
+    """
     blocks = list(model.blocks)  # type: ignore[arg-type]
-    if config.tiles > 1:
+    if config.policy == "selective" or (config.policy == "block" and config.tiles == 1):
+        context = _saving_attention if config.policy == "selective" else None
+        run = partial(_checkpointed, context=context)
         for block in blocks:
-            _tile(block, config.tiles)
-    keep = partial(_offloaded, config.offload)
+            block.forward = partial(tiles.joined, block, block.forward, config.tiles, run)
+    compile_blocks(blocks)
+    if config.tiles > 1 and config.policy != "selective":
+        for part in filter(tiles.divisible, model.modules()):
+            tiles.apply(part, config.tiles)
+    keep = _offloaded if config.offload else _plain
     if config.policy == "pair":
         model.group = lambda call, *inputs: keep(_checkpointed, call, *inputs)
-    for block in blocks if config.policy in ("block", "selective") else ():
-        context = _saving_attention if config.policy == "selective" else None
-        block.forward = partial(keep, _checkpointed, block.forward, context=context)
-    if config.policy == "none" and config.offload:
+    elif config.offload:
         for block in blocks:
-            block.forward = partial(keep, _plain, block.forward)
+            block.forward = partial(keep, block.forward)
 
 
 @cache
@@ -112,32 +136,9 @@ def _saving_attention() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _offloaded(offload: bool, run: Call, call: Call, *inputs: Any, **options: Any) -> Any:
-    """run(call, *inputs), with what it keeps for the backward pass on the host."""
-    if not offload or not torch.is_grad_enabled():
-        return run(call, *inputs, **options)
-    pinned = torch.cuda.is_available()
-    with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
-        return run(call, *inputs, **options)
-
-
-def _tile(block: nn.Module, tiles: int) -> None:
-    """Run the parts of a block tile by tile: sequences are independent of each other in its
-    self-attention, tokens in its cross-attention and MLP."""
-    for name, dim in (("attn", 0), ("cross_attn", 1)):
-        part = block.get_submodule(name)
-        part.forward = partial(_in_tiles, part.forward, tiles, dim)
-    mlp = block.get_submodule("mlp")
-    mlp.forward = partial(_tokens_in_tiles, mlp.forward, tiles)
-
-
-def _in_tiles(call: Call, tiles: int, dim: int, x: Tensor, *rest: Any) -> Tensor:
-    parts = [part for part in x.chunk(tiles, dim) if part.numel()]
-    if len(parts) < 2:
-        return call(x, *rest)
-    return torch.cat([_checkpointed(call, part, *rest) for part in parts], dim)
-
-
-def _tokens_in_tiles(call: Call, tiles: int, x: Tensor) -> Tensor:
-    """(..., D) -> (..., D), whatever the dims before the last are."""
-    return _in_tiles(call, tiles, 0, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+def _offloaded(call: Call, *inputs: Any) -> Any:
+    """call(*inputs), with what it keeps for the backward pass on the host."""
+    if not torch.is_grad_enabled():
+        return call(*inputs)
+    with keep_on_host():
+        return call(*inputs)

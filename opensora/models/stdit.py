@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from opensora.config import Config
-from opensora.ops.attention import attend
-from opensora.ops.layers import Mlp, ScalarEmbedder, modulate, normalise, patchify, unpatchify
-from opensora.ops.positions import rotary_phases, rotate, sincos_2d, sinusoid
+from opensora.models.stdit_blocks import FinalLayer, Places, STDiTBlock
+from opensora.ops.layers import Mlp, ScalarEmbedder, patchify, unpatchify
+from opensora.ops.positions import rotary_phases, sincos_2d, sinusoid
 from opensora.types import Condition
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Plan = Callable[["STDiT", Tensor, Tensor, Condition], Tensor]
 
 
@@ -78,85 +76,6 @@ class STDiTConfig(Config):
         return self
 
 
-class SelfAttention(nn.Module):
-    """Attention of a sequence (N, L, D) to itself, queries and keys normalised per head."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, phases: Tensor | None = None, attend: Attend = attend) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # N L 3 K d
-        # Queries and keys go through norm and rotation together: half the passes over memory.
-        weights = torch.stack([self.q_norm.weight, self.k_norm.weight]).unsqueeze(1)  # 2 1 d
-        qk = normalise(qkv[:, :, :2], weights).flatten(2, 3)  # N L 2K d
-        if phases is not None:
-            qk = rotate(qk, phases)
-        q, k = qk.unflatten(2, (2, -1)).unbind(2)
-        v = qkv[:, :, 2]
-        return self.proj(attend(q, k, v).flatten(2))  # N L D
-
-
-class CrossAttention(nn.Module):
-    """Attention of video tokens (B, L, D) to text tokens (B, S, D)."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_linear = nn.Linear(width, width)
-        self.kv_linear = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1))  # B L K d
-        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # B S K d
-        return self.proj(attend(q, k, v, mask=mask).flatten(2))  # B L D
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where tokens are, and how those of a temporal block see each other.
-
-    Attributes:
-        grid: tokens down and across a frame.
-        window: tokens down and across a window, (1, 1) for a single location.
-        phases: rotary phases of a window's tokens, frame by frame.
-        attend: `ops.attention.attend`, or one that knows which rank holds which frames.
-    """
-
-    grid: tuple[int, int]
-    window: tuple[int, int]
-    phases: Tensor
-    attend: Attend = attend
-
-    @property
-    def num_windows(self) -> int:
-        return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
-
-    def by_window(self, x: Tensor) -> Tensor:
-        """(B, T, N, D), row by row, as (B, T, windows, tokens of a window, D)."""
-        return rearrange(
-            x,
-            "b t (i y j x) d -> b t (i j) (y x) d",
-            i=self.grid[0] // self.window[0],
-            y=self.window[0],
-            x=self.window[1],
-        )
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """The inverse of `by_window`."""
-        return rearrange(
-            x,
-            "b t (i j) (y x) d -> b t (i y j x) d",
-            i=self.grid[0] // self.window[0],
-            y=self.window[0],
-        )
-
-
 @dataclass(frozen=True)
 class Stream:
     """What runs through the blocks.
@@ -176,62 +95,6 @@ class Stream:
     level: Tensor
     modulation: Tensor
     places: Places
-
-
-class STDiTBlock(nn.Module):
-    """Self-attention over one axis, cross-attention, MLP; shift, scale and gate from the level."""
-
-    varying_dims: ClassVar = {"text": 1, "mask": 1}
-    """Arguments of `forward` whose length in this dim may be another one with every batch."""
-
-    def __init__(self, config: STDiTConfig, *, temporal: bool):
-        super().__init__()
-        width = config.width
-        self.temporal = temporal
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = SelfAttention(width, config.num_heads)
-        self.cross_attn = CrossAttention(width, config.num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-
-    def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, level: Tensor, places: Places
-    ) -> Tensor:
-        """x: (B, T, N, D) tokens of T frames; level: (B, T, 6, D) from the shared projection."""
-        modulation = (level + self.scale_shift_table).unsqueeze(3)  # B T 6 1 D
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # B T 1 D each
-        h = self._attend(modulate(self.norm1(x), shift1, scale1), places)
-        x = torch.addcmul(x, gate1, h)
-        h = self.cross_attn(x.flatten(1, 2), text, mask)  # B L D
-        x = x + h.view(x.shape)
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-    def _attend(self, x: Tensor, places: Places) -> Tensor:
-        """Self-attention over a frame, over time at one location, or over time in a window."""
-        batch, frames = x.shape[:2]
-        if not self.temporal:
-            x = self.attn(x.flatten(0, 1))  # BT N D
-            return x.unflatten(0, (batch, frames))
-        x = places.by_window(x)  # B T W M D
-        x = self.attn(rearrange(x, "b t w m d -> (b w) (t m) d"), places.phases, places.attend)
-        size = places.window[0] * places.window[1]
-        return places.by_row(rearrange(x, "(b w) (t m) d -> b t w m d", b=batch, t=frames, m=size))
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and the projection back to patches."""
-
-    def __init__(self, width: int, out_features: int):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out_features)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """x: (B, T, N, D); level: (B, T, D)."""
-        shift, scale = (level[:, :, None] + self.scale_shift_table).unsqueeze(3).unbind(2)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def together(pair: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -257,11 +120,12 @@ class STDiT(nn.Module):
             self.pooled_embedder = Mlp(config.pooled_channels, width, width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = Mlp(config.text_channels, width, width)
+        sizes = (width, config.num_heads, config.mlp_ratio)
         self.spatial_blocks = nn.ModuleList(
-            STDiTBlock(config, temporal=False) for _ in range(config.depth)
+            STDiTBlock(*sizes, temporal=False) for _ in range(config.depth)
         )
         self.temporal_blocks = nn.ModuleList(
-            STDiTBlock(config, temporal=True) for _ in range(config.depth)
+            STDiTBlock(*sizes, temporal=True) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(width, patch_features)
         self.group: Callable[..., Tensor] = together

@@ -58,8 +58,11 @@ def normalise(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (Peebles & Xie 2023): x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """Adaptive layer norm's affine part (Peebles & Xie 2023): x * (1 + scale) + shift.
+
+    In the dtype of x, so that tokens stay as narrow as they are.
+    """
+    return torch.addcmul(shift.to(x.dtype), x, (1 + scale).to(x.dtype))
 
 
 def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:

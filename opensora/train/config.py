@@ -37,6 +37,8 @@ FREE_TO_CHANGE = (
     "parallel",
     "recompute",
     "attention",
+    "optim.offload",
+    "optim.adamw.offload",
     "log",
     "checkpoint",
     "samples",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opensora import zoo
 from opensora.data.buckets import Bucket, levels
-from opensora.dist.mesh import Layout, ParallelConfig, resolve
+from opensora.dist.mesh import Layout, resolve
 from opensora.engine import planner, recompute
 from opensora.engine.engines import shards
 from opensora.engine.flops import rehearsal
@@ -36,14 +36,8 @@ from opensora.types import Condition
 TEXT_TOKENS = 256
 """Length of a prompt in the rehearsal."""
 
-WAYS: tuple[dict[str, Any], ...] = (
-    {},
-    {"policy": "selective"},
-    {"policy": "block"},
-    {"policy": "block", "tiles": 8},
-    {"policy": "pair", "tiles": 16},
-)
-"""Ways to save memory, in the order of what they cost."""
+_REHEARSED: dict[tuple[Any, ...], Footprint] = {}
+"""What was found out in this process, by all that it depends on."""
 
 
 @dataclass(frozen=True)
@@ -99,37 +93,9 @@ def forecast(config: TrainConfig, ranks: int, target: Device, *, rate: float) ->
     if not isinstance(config.task, TextToVideoConfig):
         raise UsageError("opensora plan knows the task text_to_video only; a VAE is small")
     buckets = _largest(config)
-    needs = [_need(config, ranks, bucket, target) for bucket in buckets]
+    needs = [need_of(config, ranks, bucket, target) for bucket in buckets]
     rows = [_row(config, *pair, rate) for pair in zip(needs, buckets, strict=True)]
-    return Forecast(needs[0].layout, needs[0].footprint.parameters, tuple(rows))
-
-
-def suggest(config: TrainConfig, ranks: int, target: Device, bucket: Bucket) -> TrainConfig | None:
-    """The config with the cheapest of the known changes under which a bucket fits, or None."""
-    for changes in _placements(config, ranks, bucket):
-        placed = config.model_copy(update=changes)
-        if _need(_saving(placed, WAYS[-1]), ranks, bucket, target).memory.total > target.memory:
-            continue  # no cheaper way will do either
-        for way in WAYS:
-            changed = _saving(placed, way)
-            if _need(changed, ranks, bucket, target).memory.total <= target.memory:
-                return changed
-    return None
-
-
-def _saving(config: TrainConfig, way: dict[str, Any]) -> TrainConfig:
-    return config.model_copy(update={"recompute": RecomputeConfig(**way)})
-
-
-def _placements(config: TrainConfig, ranks: int, bucket: Bucket) -> list[dict[str, Any]]:
-    """Engines and ways to share clips: as the config says, then sharded, then shared by more."""
-    found: list[dict[str, Any]] = [{}]
-    engine = config.engine if shards(config.engine) else FsdpConfig()
-    degrees = [d for d in range(1, ranks + 1) if ranks % d == 0 and d & (d - 1) == 0]
-    for degree in degrees if ranks > 1 else ():
-        if bucket.batch_size * degree >= ranks:
-            found.append({"engine": engine, "parallel": ParallelConfig(ulysses=degree)})
-    return found
+    return Forecast(needs[0].share.layout, needs[0].footprint.parameters, tuple(rows))
 
 
 def clip_cost(config: TrainConfig) -> Callable[[Bucket], float]:
@@ -138,12 +104,12 @@ def clip_cost(config: TrainConfig) -> Callable[[Bucket], float]:
     Rehearsed once for each resolution and length; other proportions follow by their tokens.
     """
     assert isinstance(config.task, TextToVideoConfig)
-    task, per_token = config.task, {}
+    task, per_token = config.task, dict[tuple[str, int], float]()
 
     def cost(bucket: Bucket) -> float:
         key = (bucket.resolution, bucket.num_frames)
         if key not in per_token:
-            done = _at_depth(config, task, Layout(), bucket, 1, 1, config.recompute)
+            done = _at_depth(config, Share(Layout(), 1, 1), bucket, config.recompute)
             encoded = _encoding(task, bucket) if config.data.kind == "clips" else 0
             per_token[key] = (done.flops + encoded) / bucket.num_tokens
         return per_token[key] * bucket.num_tokens
@@ -173,20 +139,30 @@ def _largest(config: TrainConfig) -> list[Bucket]:
 
 
 @dataclass(frozen=True)
-class _Need:
-    """What a bucket takes of a rank: `clips` at a time, each shared by `degree` ranks."""
+class Share:
+    """What a rank has of a bucket's batch: `clips` at a time, each shared by `degree` ranks."""
 
     layout: Layout
     degree: int
     clips: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a bucket takes of a rank."""
+
+    share: Share
     footprint: Footprint
     memory: Memory
 
 
-def _need(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) -> _Need:
-    task, sharded = config.task, shards(config.engine)
-    assert isinstance(task, TextToVideoConfig)
-    layout = resolve(config.parallel, ranks, shards=sharded)
+def share_of(config: TrainConfig, ranks: int, bucket: Bucket) -> Share:
+    """How the ranks share a bucket's batch.
+
+    Raises:
+        UsageError: its clips are too few for them.
+    """
+    layout = resolve(config.parallel, ranks, shards=shards(config.engine))
     degree = layout.degree_for(bucket.num_tokens, config.parallel.max_tokens)
     parts = layout.world_size // (degree * layout.tp)
     if bucket.batch_size < parts:
@@ -195,50 +171,65 @@ def _need(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) -> _N
             f"{parts} data-parallel ranks; raise it, or share clips with parallel.ulysses"
         )
     mine = ceil(bucket.batch_size / parts)
-    clips = min(mine, config.micro_batch or mine)
-    footprint = _at_depth(config, task, layout, bucket, degree, clips, config.recompute)
-    unit = _unit(task)
+    return Share(layout, degree, min(mine, config.micro_batch or mine))
+
+
+def need_of(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) -> Need:
+    """What a bucket takes of a rank, rehearsed.
+
+    Raises:
+        UsageError: as `share_of`.
+    """
+    share = share_of(config, ranks, bucket)
+    footprint = _at_depth(config, share, bucket, config.recompute)
+    return Need(share, footprint, memory_of(config, share.layout, footprint, target))
+
+
+def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target: Device) -> Memory:
+    """A rank's memory, given what its step takes."""
+    task = config.task
+    assert isinstance(task, TextToVideoConfig)
+    unit = block_parameters(task)
     bf16 = isinstance(config.engine, FsdpConfig) and config.engine.gather_dtype == "bf16"
     used = planner.memory(
         footprint,
         layout,
         target,
-        sharded=sharded,
+        sharded=shards(config.engine),
         averages=config.ema is not None,
         frozen_bytes=_frozen_bytes(task),
         unit_parameters=max(unit, footprint.parameters - 2 * task.model.depth * unit),
         gather_bytes=2 if bf16 else 4,
-        # Where state is sharded the optimizer is not rehearsed: AdamW keeps two moments, Muon one.
-        state_bytes=footprint.state / footprint.parameters if footprint.state else 8.0,
     )
     # Where the optimizer's own step is the worst moment, what it takes stands for activations.
     update = footprint.update - footprint.state
-    if update > used.activations:
-        used = replace(used, activations=float(update))
-    return _Need(layout, degree, clips, footprint, used)
+    return replace(used, activations=float(max(update, used.activations)))
 
 
-def _row(config: TrainConfig, need: _Need, bucket: Bucket, rate: float) -> Row:
+def _row(config: TrainConfig, need: Need, bucket: Bucket, rate: float) -> Row:
     assert isinstance(config.task, TextToVideoConfig)
-    plain = _at_depth(
-        config, config.task, need.layout, bucket, need.degree, need.clips, RecomputeConfig()
-    )
-    times = bucket.batch_size * need.degree / need.clips  # passes of a rank's size, over all ranks
+    share, plain = need.share, _at_depth(config, need.share, bucket, RecomputeConfig())
+    times = (
+        bucket.batch_size * share.degree / share.clips
+    )  # passes of a rank's size, over all ranks
     flops = need.footprint.flops * times
-    seconds = flops / (rate * need.layout.world_size)
-    return Row(bucket, need.degree, need.clips, need.memory, plain.flops * times, flops, seconds)
+    seconds = flops / (rate * share.layout.world_size)
+    return Row(bucket, share.degree, share.clips, need.memory, plain.flops * times, flops, seconds)
 
 
 def _at_depth(
-    config: TrainConfig,
-    task: TextToVideoConfig,
-    layout: Layout,
-    bucket: Bucket,
-    degree: int,
-    clips: int,
-    saving: RecomputeConfig,
+    config: TrainConfig, share: Share, bucket: Bucket, saving: RecomputeConfig
 ) -> Footprint:
+    task, layout, degree, clips = config.task, share.layout, share.degree, share.clips
+    assert isinstance(task, TextToVideoConfig)
+
     def at(depth: int) -> Footprint:
+        key = (depth, layout.ring, layout.ulysses, bucket, degree, clips, *choices)
+        if key not in _REHEARSED:
+            _REHEARSED[key] = rehearsed(depth)
+        return _REHEARSED[key]
+
+    def rehearsed(depth: int) -> Footprint:
         model = task.model.model_copy(update={"depth": depth})
         make = partial(
             _step, task.model_copy(update={"model": model}), layout, bucket, degree, clips, saving
@@ -250,6 +241,8 @@ def _at_depth(
             keeps_gradients=not shards(config.engine),
         )
 
+    parts = (task, config.optim, saving)
+    choices = (*(part.model_dump_json() for part in parts), config.precision, shards(config.engine))
     depth = task.model.depth
     return at(depth) if depth < 4 else planner.extrapolate(at(2), at(3), depth)
 
@@ -291,7 +284,7 @@ def _text(config: TextToVideoConfig) -> Any:
     return SimpleNamespace(trainable=False, pooled_channels=config.model.pooled_channels, **widths)
 
 
-def _unit(config: TextToVideoConfig) -> int:
+def block_parameters(config: TextToVideoConfig) -> int:
     """Parameters of one block."""
     with torch.device("meta"):
         model = zoo.DENOISERS[config.model.kind](

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opensora.config import Config
 from opensora.dist.sharded import placed, whole
+from opensora.train.moments import StateConfig, stored
 
 
 class ScheduleConfig(Config):
@@ -40,7 +41,7 @@ class ScheduleConfig(Config):
         return self.final_factor + (1 - self.final_factor) * fall
 
 
-class AdamWConfig(Config):
+class AdamWConfig(StateConfig):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -51,8 +52,11 @@ class AdamWConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
 
 
-class MuonConfig(Config):
-    """Muon on the matrices (Jordan et al. 2024), AdamW on everything else."""
+class MuonConfig(StateConfig):
+    """Muon on the matrices (Jordan et al. 2024), AdamW on everything else.
+
+    `state_dtype` and `offload` are of Muon's momentum; `adamw` has its own.
+    """
 
     kind: Literal["muon"] = "muon"
     lr: float = Field(
@@ -153,20 +157,20 @@ def build(config: AdamWConfig | MuonConfig, module: nn.Module) -> list[torch.opt
     groups = [{"params": rest, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = []
     if isinstance(config, MuonConfig):
-        optimizers.append(
-            Muon(
-                matrices,
-                lr=config.lr,
-                momentum=config.momentum,
-                steps=config.newton_schulz_steps,
-                decay=config.weight_decay,
-            )
+        muon = Muon(
+            matrices,
+            lr=config.lr,
+            momentum=config.momentum,
+            steps=config.newton_schulz_steps,
+            decay=config.weight_decay,
         )
+        optimizers.append(stored(muon, config, at_a_time=None))
     else:
         groups.append({"params": matrices, "weight_decay": adamw.weight_decay})
-    optimizers.append(
-        torch.optim.AdamW(groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
+    elementwise = torch.optim.AdamW(
+        groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True
     )
+    optimizers.append(stored(elementwise, adamw))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

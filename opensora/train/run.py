@@ -83,9 +83,8 @@ def prepare(
     )
     log.info("%s", source.census)
     if isinstance(task, TextToVideo):
-        recompute.apply(task.model, config.recompute)
-    if config.compile == "always":
-        compiling.apply(task.blocks)
+        compiled = {"compile_blocks": compiling.apply} if config.compile == "always" else {}
+        recompute.apply(task.model, config.recompute, **compiled)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
     engine = engines.build(config.engine, place, work.mesh, precision=precision, recipe=task.recipe)
     engine.wrap(task, partial(optim.build, config.optim))

@@ -9,6 +9,8 @@ from opensora.dist.collectives import share
 from opensora.dist.groups import traffic
 from opensora.dist.mesh import Layout
 from opensora.dist.ulysses import SequenceGroups
+from opensora.engine import recompute
+from opensora.engine.recompute import RecomputeConfig
 from opensora.engine.sequence import PLANS, SequenceParallel, check
 from opensora.errors import DataError, UsageError
 from opensora.models.stdit import STDiT, STDiTConfig
@@ -56,12 +58,14 @@ def ends(ulysses: int, ring: int) -> list[SequenceGroups]:
     ]
 
 
-def on_ranks(shape, layout, sharing, **changes):
+def on_ranks(shape, layout, sharing, *, saving=None, **changes):
     """Predictions put together, gradients added up, and bytes and calls of every rank."""
     ulysses, ring = layout
     size, every = ulysses * ring, ends(*layout)
     weight = randn(BATCH, CHANNELS, *shape, seed=3)
     models = [build(**changes) for _ in range(size)]  # not by the threads: they share a generator
+    for model in models if saving is not None else ():
+        recompute.apply(model, saving)
 
     def work(rank):
         model = models[rank]
@@ -92,6 +96,19 @@ def on_one(shape, **changes):
 def test_a_shared_clip_is_the_clip(layout, window, sharing):
     shape = (5, 10, 6)  # 5 frames of 5 x 3 tokens: nothing divides by the ranks
     out, gradients, _ = on_ranks(shape, layout, sharing, window=window)
+    expected, expected_gradients = on_one(shape, window=window)
+    assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for name, value in expected_gradients.items():
+        scale = float(value.abs().max())
+        assert_close(gradients[name], value, rtol=1e-8, atol=1e-10 * scale + 1e-12, msg=name)
+
+
+@pytest.mark.parametrize("sharing", ["auto", "attention"])
+@pytest.mark.parametrize("window", [None, (1, 3), (64, 64)], ids=str)
+@pytest.mark.parametrize("policy", ["block", "pair"])
+def test_a_shared_clip_is_the_clip_in_tiles_too(policy, window, sharing):
+    shape, saving = (5, 10, 6), RecomputeConfig(policy=policy, tiles=3)
+    out, gradients, _ = on_ranks(shape, (2, 2), sharing, saving=saving, window=window)
     expected, expected_gradients = on_one(shape, window=window)
     assert_close(out, expected, rtol=1e-9, atol=1e-10)
     for name, value in expected_gradients.items():

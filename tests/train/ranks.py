@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train_support import (
     MemorySource,
     clips,
+    digests,
     fresh_task,
     latents,
     make_trainer,
@@ -190,6 +191,38 @@ def fsdp_shared(output: Path, place: Runtime) -> Any:
     return training(output, place, "stdit", *changes)
 
 
+def tiles(output: Path, place: Runtime) -> Any:
+    """Copies of the model, whose blocks run in tiles, in uneven micro-batches."""
+    saving = "recompute={policy: block, tiles: 2}"
+    return training(output, place, "stdit", saving, "micro_batch=2")
+
+
+def fsdp_tiles(output: Path, place: Runtime) -> Any:
+    """Sharded parameters and shared clips, in tiles; pairs are computed again, exchanges too."""
+    changes = ["engine.kind=fsdp", "parallel.ulysses=2"] * (place.world_size > 1)
+    saving = "recompute={policy: pair, tiles: 2, offload: true}"
+    return training(output, place, "stdit", *changes, saving)
+
+
+def fsdp_offload(output: Path, place: Runtime) -> Any:
+    """Sharded optimizer state on the host."""
+    changes = ["engine.kind=fsdp"] * (place.world_size > 1)
+    return training(
+        output, place, "stdit", *changes, "optim={kind: adamw, lr: 0.002, offload: true}"
+    )
+
+
+def fsdp_bf16_state(output: Path, place: Runtime) -> Any:
+    """Sharded optimizer state in bfloat16, uninterrupted and taken up again after step 3."""
+    changes = ["engine.kind=fsdp"] * (place.world_size > 1)
+    changes.append("optim={kind: adamw, lr: 0.002, state_dtype: bf16, schedule: {decay: constant}}")
+    training(output, place, "stdit", *changes)
+    parts = output.with_name(f"{output.name}-parts")
+    training(parts, place, "stdit", *changes, "steps=3")
+    training(parts, place, "stdit", *changes, "resume_despite=[steps]")
+    return digests(parts) == digests(output)
+
+
 def fsdp_goes_on(output: Path, place: Runtime) -> Any:
     """Goes on, sharded, from the run that `test_ranks.py` began on one rank. Checkpoints are
     written while it trains."""
@@ -327,6 +360,10 @@ SCENARIOS = (
     fsdp,
     fsdp_pieces,
     fsdp_shared,
+    tiles,
+    fsdp_tiles,
+    fsdp_offload,
+    fsdp_bf16_state,
     fsdp_goes_on,
     full_disk_of_the_last,
     *MIXED,

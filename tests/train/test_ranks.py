@@ -130,6 +130,28 @@ def test_two_ranks_that_shard_parameters_train_as_one(scenario, two, tmp_path):
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario))
 
 
+@pytest.mark.parametrize("scenario", ["tiles", "fsdp_tiles"])
+def test_two_ranks_whose_blocks_run_in_tiles_train_as_one(scenario, two, tmp_path):
+    whole = ranks.micro_batches if scenario == "tiles" else ranks.text_to_video
+    rows = whole(tmp_path / "one", ALONE)
+    parts = two.of(scenario)
+    assert_equal_runs(
+        tmp_path / "one", two.run(scenario), rows, parts if scenario == "tiles" else parts[:1]
+    )
+
+
+def test_sharded_optimizer_state_on_the_host_changes_nothing(two, tmp_path):
+    rows = ranks.adamw(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run("fsdp_offload"), rows, two.of("fsdp_offload"))
+
+
+def test_sharded_optimizer_state_in_bfloat16_goes_on_bit_for_bit_where_it_was_saved(two, tmp_path):
+    assert two.of("fsdp_bf16_state") == [True, True]
+    # Other orders of sums round elsewhere, so two ranks are one up to a part in 256 of an update.
+    ranks.fsdp_bf16_state(tmp_path / "one", ALONE)
+    assert losses(two.run("fsdp_bf16_state")) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
 def test_sharded_parameters_and_shared_clips_train_as_one(two, four, tmp_path):
     rows = ranks.fsdp_shared(tmp_path / "one", ALONE)
     assert_equal_runs(tmp_path / "one", two.run("fsdp_shared"), rows, two.of("fsdp_shared")[:1])

@@ -22,7 +22,7 @@ from opensora import runtime, zoo
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
 from opensora.data.buckets import Bucket
-from opensora.engine import checkpoint, engines
+from opensora.engine import checkpoint, engines, recompute
 from opensora.runtime import Runtime
 from opensora.train import optim
 from opensora.train.autoencoder import AutoencoderConfig
@@ -151,6 +151,8 @@ def make_trainer(
     if task is None:
         task = fresh_task(config, deferred=engines.shards(config.engine) and place.world_size > 1)
     share = share_work(config, task, place)
+    if isinstance(task, TextToVideo):
+        recompute.apply(task.model, config.recompute)
     precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
     engine = engines.build(
         config.engine, place, share.mesh, precision=precision, recipe=task.recipe
