@@ -10,6 +10,17 @@ import pytest
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
+@pytest.fixture
+def one_thread():
+    """Sums are taken in one order, whatever the machine; ranks that are threads compute alone."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class World:
     """Folders of one session, all of 5x32x32 clips.

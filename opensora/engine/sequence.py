@@ -128,7 +128,9 @@ def _stdit(
     tokens = stream.tokens
     for blocks in model.pairs:
         tokens = model.group(pair, tokens, *blocks)
-    return model.leave(tokens, stream.level[:, mine], stream.places.grid)
+    frames_here = model.leave(tokens, stream.level[:, mine], stream.places.grid)
+    # Of no frames it is a view of the tokens, at which FSDP's hooks take offence.
+    return frames_here if frames_here.numel() else frames_here.clone()
 
 
 def _traded(

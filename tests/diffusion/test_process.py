@@ -35,14 +35,14 @@ def t():
     return 0.05 + 0.9 * torch.rand(2, 5, dtype=torch.float64, generator=seeded(3))
 
 
-def close(actual, expected, atol):
+def assert_close(actual, expected, atol):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def test_point_and_tangent_span_a_unit_area(any_curve):
     at = any_curve.curve(torch.linspace(0, 1, 10001, dtype=torch.float64))
     area = at.alpha * at.sigma_rate - at.sigma * at.alpha_rate
-    close(area, torch.ones_like(area), atol=4 * 2.2e-16)
+    assert_close(area, torch.ones_like(area), atol=4 * 2.2e-16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -65,11 +65,11 @@ def test_signal_falls_and_noise_rises_with_the_level(any_curve):
 def test_every_prediction_gives_back_data_noise_and_velocity(any_process, data, noise, t):
     x = any_process.corrupt(data, noise, t)
     prediction = any_process.target(data, noise, t)
-    close(any_process.to_data(prediction, x, t), data, ROUND_TRIP)
-    close(any_process.to_noise(prediction, x, t), noise, ROUND_TRIP)
+    assert_close(any_process.to_data(prediction, x, t), data, ROUND_TRIP)
+    assert_close(any_process.to_noise(prediction, x, t), noise, ROUND_TRIP)
     velocity = any_process.velocity(data, noise, t)
     # The velocity from data or noise divides once more by a number of at least 0.01.
-    close(any_process.to_velocity(prediction, x, t), velocity, ROUND_TRIP)
+    assert_close(any_process.to_velocity(prediction, x, t), velocity, ROUND_TRIP)
 
 
 def test_velocity_is_the_derivative_of_the_corrupted_data(any_curve, data, noise, t):
@@ -80,7 +80,7 @@ def test_velocity_is_the_derivative_of_the_corrupted_data(any_curve, data, noise
     ones = torch.ones_like(t)
     _, dx_dt = torch.func.jvp(lambda level: any_curve.corrupt(data, noise, level), (t,), (ones,))
     _, speed = torch.func.jvp(pace, (t,), (ones,))
-    close(dx_dt, any_curve.velocity(data, noise, t) * per_frame(speed), ROUND_TRIP)
+    assert_close(dx_dt, any_curve.velocity(data, noise, t) * per_frame(speed), ROUND_TRIP)
 
 
 @pytest.mark.parametrize("loss_space", ["velocity", "data", "noise"])
@@ -171,7 +171,7 @@ def test_denoiser_turns_a_model_into_a_data_predictor(any_process, data, noise, 
         assert condition == "a red ball"
         return any_process.target(data, noise, t)
 
-    close(any_process.denoiser(model)(x, t, "a red ball"), data, ROUND_TRIP)
+    assert_close(any_process.denoiser(model)(x, t, "a red ball"), data, ROUND_TRIP)
 
 
 def test_gradients_reach_the_prediction_only_through_its_own_frame(any_process, data, noise, t):

@@ -63,7 +63,12 @@ def test_empty_files_are_told_and_hide_nothing_else(tree):
 def test_files_of_any_shape_raise_nothing(tree, junk):
     for path in [p for p in tree.rglob("*") if p.suffix in (".json", ".jsonl", ".csv")]:
         path.write_text(junk, encoding="utf-8")
-    gather(tree)
+    found = gather(tree)
+    assert all(not run.curves for run in found.runs)
+    assert found.scores == ()
+    assert all(isinstance(command, dict) for command in found.commands)
+    assert sum(dataset.num_clips or 0 for dataset in found.datasets) == 0
+    assert "data/manifest.csv" in {name for name, _ in found.notes.entries}
 
 
 def test_records_without_a_step_are_counted_and_strings_become_numbers(tmp_path):

@@ -1,6 +1,6 @@
 """How evenly the ranks of a step are loaded, as JSON: the largest load over the mean one.
 
-    python tools/bench/balance.py [--ranks 8 16 32 64 --steps 500 --width 1152 --depth 28]
+    python tools/bench/balance.py [--ranks 8 16 32 64 --steps 300 --width 1152]
 
 Buckets are those of Open-Sora 1.2's first stage (2 to 16 s at 144p, 240p, 256px and 360p, and
 pictures), with as many clips in each, and a budget of tokens for each rank. Loads are the FLOPs of
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def cost_of(width: int, depth: int) -> Cost:
 
 def slices(costs: np.ndarray, ranks: int) -> list[float]:
     edges = [rank * len(costs) // ranks for rank in range(ranks + 1)]
-    return [float(costs[a:b].sum()) for a, b in zip(edges, edges[1:], strict=False)]
+    return [float(costs[a:b].sum()) for a, b in pairwise(edges)]
 
 
 def dealt(costs: np.ndarray, by: np.ndarray, ranks: int) -> list[float]:
@@ -79,10 +80,10 @@ def loads(ranks: int, steps: int, budget: int, cost: Cost) -> Iterator[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--budget", type=int, default=100_000, help="tokens a rank and step")
     parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--depth", type=int, default=28)
+    parser.add_argument("--depth", type=int, default=2)
     options = parser.parse_args()
     cost = cost_of(options.width, options.depth)
     for ranks in options.ranks:
