@@ -20,6 +20,7 @@ OPTIONAL = {
     "decord": "decord",
     "transformers": "text",
     "diffusers": "diffusers",
+    "deepspeed": "deepspeed",
     "tensorboard": "log",
     "wandb": "log",
 }

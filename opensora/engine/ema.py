@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -42,6 +42,15 @@ class PowerEMAConfig(Config):
 
 
 EMAConfig = Annotated[FixedEMAConfig | PowerEMAConfig, Field(discriminator="kind")]
+
+
+class Averages(Protocol):
+    """What the trainer knows of averages, wherever an engine keeps them; see `EMA`."""
+
+    def update(self, step: int) -> None: ...
+    def swapped(self) -> AbstractContextManager[None]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 class EMA:
@@ -84,12 +93,20 @@ class EMA:
         Raises:
             CheckpointError: the averages are those of other parameters.
         """
-        mine = {name: average.shape for name, average in self.averages.items()}
-        differing = sorted(mine.items() ^ {name: v.shape for name, v in state.items()}.items())
-        if differing:
-            raise CheckpointError(
-                "the checkpoint's averages do not fit this model, beginning with "
-                f"'{differing[0][0]}'; resume with the config that wrote it"
-            )
+        check_fits({name: average.shape for name, average in self.averages.items()}, state)
         for name, average in self.averages.items():
             average.copy_(placed(state[name], average))
+
+
+def check_fits(shapes: dict[str, torch.Size], state: dict[str, Tensor]) -> None:
+    """See that averages are those of parameters with these names and shapes.
+
+    Raises:
+        CheckpointError: they are those of others.
+    """
+    differing = sorted(shapes.items() ^ {name: v.shape for name, v in state.items()}.items())
+    if differing:
+        raise CheckpointError(
+            "the checkpoint's averages do not fit this model, beginning with "
+            f"'{differing[0][0]}'; resume with the config that wrote it"
+        )

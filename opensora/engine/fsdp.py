@@ -8,7 +8,7 @@ gradients is off: the trainer divides the sum by the global count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -44,7 +44,7 @@ class FsdpConfig(Config):
 class FsdpEngine(Engine):
     """Sharded parameters; every rank takes part in every call of the model."""
 
-    collective: ClassVar[bool] = True
+    collective = True
 
     def __init__(
         self,

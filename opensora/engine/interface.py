@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensora.dist.sharded import placed, whole
+from opensora.engine.ema import EMA, Averages, EMAConfig
 from opensora.errors import CheckpointError
 
 Optimizers = list[torch.optim.Optimizer]
@@ -37,7 +38,7 @@ class Engine(ABC):
         collective: whether every call of the module needs all ranks.
     """
 
-    collective: ClassVar[bool]
+    collective: bool
     module: nn.Module
 
     @abstractmethod
@@ -80,6 +81,10 @@ class Engine(ABC):
         Raises:
             CheckpointError: naming the tensors that are missing, left over or of another shape.
         """
+
+    def averages(self, config: EMAConfig) -> Averages:
+        """Averages of the trained weights, placed as the weights are."""
+        return EMA(self.module, config)
 
     @abstractmethod
     def autocast(self) -> torch.autocast:
@@ -143,10 +148,7 @@ def restore(module: nn.Module, optimizers: Optimizers, state: State) -> None:
         parameter_name, _, key = name.rpartition("/")
         parameter = parameters.get(parameter_name)
         if parameter is None or id(parameter) not in owner:
-            raise CheckpointError(
-                f"the checkpoint has optimizer state for '{parameter_name}', which this model "
-                "does not train; resume with the config that wrote it"
-            )
+            raise CheckpointError(not_trained(parameter_name))
         if value.dim():  # counters stay where the optimizer keeps them, on the CPU
             value = placed(value.to(parameter.device, parameter.dtype), parameter)
         owner[id(parameter)].state[parameter][key] = value.clone()
@@ -159,14 +161,31 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
         CheckpointError: listing the first names that are missing, left over or misshapen.
     """
     own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unknown {name}" for name in weights if name not in own]
+    check_weights({name: value.shape for name, value in own.items()}, weights)
+    module.load_state_dict({name: placed(weights[name], value) for name, value in own.items()})
+
+
+def check_weights(shapes: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:
+    """See that weights are those of a model, whose names and shapes are given.
+
+    Raises:
+        CheckpointError: listing the first names that are missing, left over or misshapen.
+    """
+    problems = [f"missing {name}" for name in shapes if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in shapes]
     problems += [
-        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {tuple(weights[name].shape)}, the model has {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in weights and weights[name].shape != shape
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
         raise CheckpointError(f"these weights do not fit the configured model: {shown}")
-    module.load_state_dict({name: placed(weights[name], value) for name, value in own.items()})
+
+
+def not_trained(parameter_name: str) -> str:
+    """What is told of optimizer state that nobody asks for."""
+    return (
+        f"the checkpoint has optimizer state for '{parameter_name}', which this model does not "
+        "train; resume with the config that wrote it"
+    )

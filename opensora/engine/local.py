@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class LocalConfig(Config):
 class LocalEngine(Engine):
     """Full parameters on every rank; gradients are averaged by DistributedDataParallel."""
 
-    collective: ClassVar[bool] = False
+    collective = False
 
     def __init__(self, runtime: Runtime, *, precision: torch.dtype = torch.float32):
         self.runtime = runtime

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opensora.dist.mesh import Layout
 from opensora.engine.footprint import Footprint
 from opensora.errors import UsageError, did_you_mean
 
@@ -72,12 +71,33 @@ class Memory:
         return sum(vars(self).values()) - self.host
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of the parameters of a run, in float32 copies of all of them.
+
+    Attributes:
+        whole: whether the optimizer's step is that of the whole model, so that a rehearsal of it
+            says what it takes; its gradients are then among the activations.
+        weights, gradients, averages: copies.
+        optimizer: what part of the optimizer's state.
+        gathered: whether parameters are gathered when they are used.
+        buffers: bytes that exchanges take beside.
+    """
+
+    whole: bool = True
+    weights: float = 1.0
+    gradients: float = 0.0
+    averages: float = 1.0
+    optimizer: float = 1.0
+    gathered: bool = False
+    buffers: float = 0.0
+
+
 def memory(
     footprint: Footprint,
-    layout: Layout,
+    held: Held,
     target: Device,
     *,
-    sharded: bool,
     averages: bool,
     frozen_bytes: float,
     unit_parameters: int,
@@ -86,24 +106,21 @@ def memory(
     """Peak memory of a rank.
 
     Args:
-        sharded: whether parameters, gradients and state are.
         averages: whether an average of the weights is kept.
         unit_parameters: of the largest part that is gathered at once; the next one is on its way.
         gather_bytes: of a gathered parameter.
     """
-    parts = layout.dp_shard * layout.sequence if sharded else 1
-    held = footprint.parameters / parts
-    copies = 2 if layout.world_size > 1 and not sharded else 1  # DDP's buckets
+    copy = 4.0 * footprint.parameters
     return Memory(
-        weights=4 * held,
-        gradients=4 * held if sharded else 4 * held * (copies - 1),
-        optimizer=footprint.state / parts,
-        averages=4 * held if averages else 0.0,
+        weights=held.weights * copy,
+        gradients=held.gradients * copy,
+        optimizer=held.optimizer * footprint.state,
+        averages=held.averages * copy if averages else 0.0,
         frozen=frozen_bytes,
         activations=footprint.activations,
-        gathered=2 * gather_bytes * unit_parameters if sharded else 0.0,
+        gathered=2 * gather_bytes * unit_parameters * held.gathered + held.buffers,
         reserved=target.reserved,
-        host=footprint.host + footprint.host_state / parts,
+        host=footprint.host + held.optimizer * footprint.host_state,
     )
 
 

@@ -13,6 +13,7 @@ from opensora import config as configs
 from opensora.config import Config
 from opensora.data.sources import DataConfig
 from opensora.dist.mesh import ParallelConfig
+from opensora.engine import engines
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
 from opensora.engine.engines import EngineConfig
@@ -165,6 +166,11 @@ class TrainConfig(Config):
             raise ValueError("data.mix=clips is for the task text_to_video; leave it out here")
         if self.samples.every and self.task.kind != "text_to_video":
             raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> TrainConfig:
+        engines.check(self.engine, self.parallel, optim=self.optim.kind, compiled=self.compile)
         return self
 
     def json_text(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opensora import zoo
 from opensora.data.buckets import Bucket, levels
 from opensora.dist.mesh import Layout, resolve
-from opensora.engine import planner, recompute
+from opensora.engine import engines, planner, recompute
 from opensora.engine.engines import shards
 from opensora.engine.flops import rehearsal
 from opensora.engine.footprint import Footprint, ImaginedMesh, rehearse
@@ -193,9 +193,8 @@ def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target:
     bf16 = isinstance(config.engine, FsdpConfig) and config.engine.gather_dtype == "bf16"
     used = planner.memory(
         footprint,
-        layout,
+        engines.held(config.engine, layout, footprint.parameters),
         target,
-        sharded=shards(config.engine),
         averages=config.ema is not None,
         frozen_bytes=_frozen_bytes(task),
         unit_parameters=max(unit, footprint.parameters - 2 * task.model.depth * unit),
@@ -238,7 +237,7 @@ def _at_depth(
             make,
             partial(optim.build, config.optim),
             precision=torch.float32 if config.precision == "fp32" else torch.bfloat16,
-            keeps_gradients=not shards(config.engine),
+            keeps_gradients=engines.held(config.engine, layout, 0).whole,
         )
 
     parts = (task, config.optim, saving)

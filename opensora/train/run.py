@@ -69,6 +69,7 @@ def prepare(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    engines.find(config.engine, place.device)
     rates = measure(place)
     config = settle(config, place, rates)
     deferred = engines.shards(config.engine) and place.world_size > 1
@@ -161,7 +162,7 @@ def _precision(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> 
 
 def _compile(config: TrainConfig, place: Runtime) -> CompileChoice:
     """Whether to compile: as the run began, for a new run where every rank can."""
-    if config.task.kind == "autoencoder":
+    if config.task.kind == "autoencoder" or not engines.compiles(config.engine):
         return "never"
     if config.compile == "auto" and (begun := checkpoint.committed(config.output / "checkpoints")):
         return checkpoint.read_config(begun[-1]).get("compile", "never")
@@ -222,8 +223,8 @@ def share_work(config: TrainConfig, task: Task, place: Runtime) -> Share:
     layout = resolve_layout(config.parallel, place.world_size, shards=sharded)
     if not isinstance(task, TextToVideo) and (sharded or layout.sequence * layout.tp > 1):
         raise UsageError(
-            f"task {config.task.kind} trains whole on every rank: leave out engine.kind=fsdp and "
-            "parallel.ring, ulysses, tp"
+            f"task {config.task.kind} trains whole on every rank: set engine.kind=local and leave "
+            "out parallel.ring, ulysses, tp"
         )
     if place.world_size == 1:
         return ALONE

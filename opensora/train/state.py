@@ -11,7 +11,6 @@ from pathlib import Path
 
 from opensora.engine import checkpoint, interface
 from opensora.engine.checkpoint import Opened, Snapshot
-from opensora.engine.ema import EMA
 from opensora.engine.interface import Engine
 from opensora.engine.saving import Saving
 from opensora.errors import StorageError, UsageError
@@ -39,7 +38,7 @@ class RunState:
         self, config: TrainConfig, runtime: Runtime, task: Task, engine: Engine, data: str
     ):
         self.config, self.runtime, self.task, self.engine = config, runtime, task, engine
-        self.ema = EMA(task, config.ema) if config.ema is not None else None
+        self.ema = engine.averages(config.ema) if config.ema is not None else None
         self.guard = Guard(config.guard)
         self.progress = Progress()
         self.pending: Saving | None = None
@@ -66,7 +65,7 @@ class RunState:
         parts = ("weights", "optimizer")
         self.engine.load_state_dict({part: found.read(part, like) for part in parts})
         if self.ema is not None:
-            self.ema.load_state_dict(found.read("ema", self.ema.averages.get))
+            self.ema.load_state_dict(found.read("ema", like))
         self.guard.restore(found.progress["guard"])
         self.progress = Progress.restored(found.progress)
         log.info("resumed %s at step %d of %d", found.path, self.progress.step, self.config.steps)

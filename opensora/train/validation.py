@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from opensora.engine.ema import EMA
+from opensora.engine.ema import Averages
 from opensora.runtime import Runtime
 from opensora.train.exchange import means
 from opensora.train.tasks import Sums, Task
 
 
 @contextmanager
-def averaged(task: Task, ema: EMA | None) -> Iterator[None]:
+def averaged(task: Task, ema: Averages | None) -> Iterator[None]:
     """The task in eval mode, with its averaged weights where such are kept."""
     task.eval()
     try:

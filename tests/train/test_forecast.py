@@ -180,6 +180,29 @@ def test_shared_clips_and_sharded_parameters_take_less(tmp_path):
     assert alone.model_flops <= shared.model_flops < 2 * alone.model_flops
 
 
+def test_every_stage_of_deepspeed_takes_less_than_the_one_before(tmp_path):
+    pair = ["parallel.ulysses=2", "optim={kind: adamw}"]
+    peaks = []
+    for engine in ("stage: 1", "stage: 2", "stage: 3", "stage: 3, offload_optimizer: true"):
+        config = planned(tmp_path, *pair, f"engine={{kind: deepspeed, bucket: 1000, {engine}}}")
+        peaks.append(forecast(config, 2, H200, rate=1e12).peak.memory)
+    totals = [memory.total for memory in peaks]
+    assert sorted(totals, reverse=True) == totals and len(set(totals)) == 4
+    parameters = forecast(config, 2, H200, rate=1e12).parameters
+    assert peaks[0].weights == 4 * 1.5 * parameters  # what is updated is a copy of half of them
+    assert peaks[0].optimizer == peaks[2].optimizer == 4 * parameters
+    assert peaks[3].optimizer == 0
+
+
+def test_an_engine_that_shards_nothing_is_planned_as_the_local_one(tmp_path):
+    pair = ["parallel.ulysses=2"]
+    local, colossal, nothing = (
+        forecast(planned(tmp_path, *pair, f"engine={engine}"), 2, H200, rate=1e12).peak.memory
+        for engine in ("{kind: local}", "{kind: colossal}", "{kind: deepspeed, stage: 0}")
+    )
+    assert local == colossal == nothing
+
+
 def test_too_few_clips_and_unknown_devices_are_refused(tmp_path):
     with pytest.raises(UsageError, match="batch size of 3, too few for 4"):
         forecast(planned(tmp_path), 4, H200, rate=1e12)

@@ -34,7 +34,7 @@ WITHOUT_GRADIENT = {"vae.encoder.layers.7.conv.bias", "vae.latent_mean"}
 zero, and Adam makes steps of full size of it; the measured mean follows the bias."""
 
 
-def launch(script: Path, *arguments: str, count: int = 2) -> None:
+def launch(script: Path, *arguments: str, count: int = 2, python: str = sys.executable) -> None:
     """Run a script as `count` ranks, as torchrun does, and wait for all of them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -49,14 +49,14 @@ def launch(script: Path, *arguments: str, count: int = 2) -> None:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning", str(script), *arguments],
+            [python, "-W", "error::UserWarning", str(script), *arguments],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(count)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, "\n".join(errors)
 
 
