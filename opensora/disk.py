@@ -143,7 +143,7 @@ def _reclaim_one(leftover: Path, target: Path, state: str) -> None:
     if descriptor is None:
         return
     try:
-        if not _has_locks(descriptor):
+        if not has_locks(descriptor):
             age = time.time() - leftover.stat().st_mtime
             if age < _LOCKLESS_GRACE_SECONDS:
                 return
@@ -158,7 +158,8 @@ def _reclaim_one(leftover: Path, target: Path, state: str) -> None:
         os.close(descriptor)
 
 
-def _has_locks(descriptor: int) -> bool:
+def has_locks(descriptor: int) -> bool:
+    """Whether the file system of an open file, which this process has locked, knows locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -40,10 +41,30 @@ class CheckpointError(OpensoraError, ValueError):
     exit_code = 66
 
 
+class LostRank(OpensoraError):
+    """Another rank died or cannot be reached; the same command goes on (exit 69).
+
+    Args:
+        exit_code: of the other rank's own error, where it left one.
+    """
+
+    exit_code = 69
+
+    def __init__(self, message: str, *, exit_code: int = 69):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NumericsError(OpensoraError, ArithmeticError):
     """Training left the finite numbers and could not go on (exit 70)."""
 
     exit_code = 70
+
+
+class OutOfMemory(OpensoraError, MemoryError):
+    """A device or the host had no memory left for a step (exit 71)."""
+
+    exit_code = 71
 
 
 class StorageError(OpensoraError, OSError):
@@ -56,6 +77,31 @@ class Preempted(OpensoraError):
     """Stopped by a signal after saving; the same command resumes (exit 75)."""
 
     exit_code = 75
+
+
+HANG = 124
+"""The exit code of a rank that the watchdog ended."""
+
+RESTARTABLE = (LostRank.exit_code, HANG)
+"""Codes of a rank after which the same command, started at once, has a chance."""
+
+
+def tell_launcher(code: int) -> bool:
+    """Leave an exit code where `opensora.cli.launch` asks for it: torchrun keeps no worker's.
+
+    Returns:
+        Whether it was told.
+    """
+    path = os.environ.get("OPENSORA_EXIT_FILE")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not path:
+        return False
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{attempt} {code}\n")
+    except OSError:  # the process's own code is told all the same
+        return False
+    return True
 
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:

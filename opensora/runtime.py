@@ -14,7 +14,7 @@ import platform
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -24,18 +24,25 @@ import torch.distributed
 from torch import Tensor
 
 from opensora.errors import UsageError
+from opensora.meeting import announced, join
+from opensora.peers import Peers
 
 log = logging.getLogger("opensora")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process's place: `rank` of `world_size` ranks, on `device`."""
+    """This process's place: `rank` of `world_size` ranks, on `device`.
+
+    Attributes:
+        peers: what the other ranks tell without a collective.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    peers: Peers = field(default_factory=Peers, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -111,10 +118,10 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
         UsageError: the device is not there, or the launcher's variables are not numbers.
     """
     rank, world_size, local_rank, local_world_size = (
-        _announced("RANK", 0),
-        _announced("WORLD_SIZE", 1),
-        _announced("LOCAL_RANK", 0),
-        _announced("LOCAL_WORLD_SIZE", 1),
+        announced("RANK", 0),
+        announced("WORLD_SIZE", 1),
+        announced("LOCAL_RANK", 0),
+        announced("LOCAL_WORLD_SIZE", 1),
     )
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -122,43 +129,12 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
         torch.cuda.set_device(chosen)
     elif local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    peers = Peers()
     if world_size > 1 and not torch.distributed.is_initialized():
-        timeout = timedelta(seconds=timeout_seconds)
-        torch.distributed.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=_meeting_place(rank, world_size, timeout),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+        peers = join(chosen, rank, world_size, timedelta(seconds=timeout_seconds))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    return Runtime(rank, world_size, local_rank, chosen)
-
-
-def _announced(name: str, default: int) -> int:
-    """A number that the launcher puts into the environment."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"the environment's {name} is '{text}'; it must be a number") from None
-
-
-def _meeting_place(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
-    """The store where ranks find each other, kept apart from earlier attempts of the same job.
-
-    After a restart by torchrun the agent's store still holds the dead ranks' addresses, and gloo
-    ranks that read them fail to connect (seen in torch 2.13); a prefix per attempt hides them.
-    """
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = _announced("MASTER_PORT", 29500)
-    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    store = torch.distributed.TCPStore(
-        host, port, world_size, is_master=rank == 0 and not agent_listens, timeout=timeout
-    )
-    attempt = _announced("TORCHELASTIC_RESTART_COUNT", 0)
-    return torch.distributed.PrefixStore(f"opensora/attempt-{attempt}", store)
+    return Runtime(rank, world_size, local_rank, chosen, peers)
 
 
 def address(seed: int, purpose: str, *numbers: int) -> int:

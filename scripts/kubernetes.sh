@@ -41,7 +41,7 @@ spec:
   podFailurePolicy:
     rules:
       - {action: Ignore, onExitCodes: {operator: In, values: [75]}}
-      - {action: FailJob, onExitCodes: {operator: In, values: [64, 65, 66, 70]}}
+      - {action: FailJob, onExitCodes: {operator: In, values: [64, 65, 66, 70, 71]}}
       - {action: Ignore, onPodConditions: [{type: DisruptionTarget}]}
   template:
     metadata: {labels: {job-name: $name}}

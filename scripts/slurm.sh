@@ -26,6 +26,7 @@ printf '%q ' "${command[@]}" && echo
 "${command[@]}" &
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 # srun hands it on: save and go on
 code=0
 while kill -0 "$child" 2>/dev/null; do
     code=0

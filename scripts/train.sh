@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains under torchrun, on this node or as one node of several, and ends with the run's own exit
-# code: torchrun ends with 1 whatever its workers say, and 75 means that the same command goes on.
+# code: 75 means that the same command goes on. SIGTERM to this script, to the launcher or to one
+# rank saves and stops with 75; SIGUSR1 to any of them saves and goes on.
 #   bash scripts/train.sh CONFIG [KEY=VALUE]...
 # NPROC: ranks on this node (default: its GPUs, or 1). NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT:
 # several nodes. MAX_RESTARTS: how often torchrun starts all ranks again (default 3). PYTHON: an
@@ -27,21 +28,18 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
 else
     nodes=(--standalone)
 fi
-command=("$python" -m torch.distributed.run --nproc-per-node "$nproc" "${nodes[@]}"
+command=("$python" -m opensora.cli.launch --nproc-per-node "$nproc" "${nodes[@]}"
     --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}"
     -m opensora train "$@")
 printf '%q ' "${command[@]}" && echo
 
-OPENSORA_EXIT_FILE=$(mktemp)
-export OPENSORA_EXIT_FILE
-trap 'rm -f "$OPENSORA_EXIT_FILE"' EXIT
-"${command[@]}" &
+(trap '' USR1 && exec "${command[@]}") & # ignored until the launcher listens
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
 code=0
 while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` early
     code=0
     wait "$child" || code=$?
 done
-[[ ! -s $OPENSORA_EXIT_FILE ]] || code=$(cat "$OPENSORA_EXIT_FILE")
 exit "$code"

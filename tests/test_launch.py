@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from opensora.cli.launch import outcome
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 DATA = (
@@ -39,21 +41,39 @@ def start(script: str, *arguments: str, **more: str) -> subprocess.Popen:
     )
 
 
-def stop_in_the_middle(process: subprocess.Popen, output: Path) -> str:
-    """SIGTERM to the script once the run has made some steps; what it printed."""
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
+def stop_in_the_middle(process: subprocess.Popen, output: Path, *, one_rank: bool = False) -> str:
+    """SIGTERM to the script once a run has made steps and was asked to save; what it printed.
+
+    Args:
+        one_rank: SIGTERM goes to the last rank alone.
+    """
     deadline = time.monotonic() + 120
     metrics = output / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    while not list((output / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.2)
+    if one_rank:
+        (launcher,) = children(process.pid)
+        os.kill(max(children(launcher)), signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     return process.communicate(timeout=120)[0]
 
 
 def test_a_run_that_is_told_to_stop_ends_with_75_and_goes_on(tmp_path):
     output = tmp_path / "a run"
     process = start("train.sh", *training(output, "steps=4000"), NPROC="2")
-    told = stop_in_the_middle(process, output)
+    told = stop_in_the_middle(process, output, one_rank=True)
     assert process.returncode == 75, told
     assert "--nproc-per-node 2 --standalone" in told
     saved = sorted((output / "checkpoints").glob("step-*"))[-1]
@@ -65,11 +85,11 @@ def test_a_run_that_is_told_to_stop_ends_with_75_and_goes_on(tmp_path):
     assert f"resumed {saved}" in told
 
 
-def test_a_refusal_keeps_its_code(tmp_path):
-    process = start("train.sh", *training(tmp_path, "parallel.ring=3"), NPROC="1", MAX_RESTARTS="0")
+def test_a_refusal_keeps_its_code_and_is_not_tried_again(tmp_path):
+    process = start("train.sh", *training(tmp_path, "parallel.ring=3"), NPROC="1", MAX_RESTARTS="3")
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 64, told
-    assert "ring=3 = 3 ranks, but there are 1" in told
+    assert told.count("ring=3 = 3 ranks, but there are 1") == 1
     nothing = start("train.sh")
     assert "name a config" in nothing.communicate(timeout=20)[0]
     assert nothing.returncode == 64
@@ -124,3 +144,22 @@ def test_a_kubernetes_job_says_what_its_pods_run():
         refused = start("kubernetes.sh", *wrong)
         refused.communicate(timeout=20)
         assert refused.returncode == 64
+
+
+@pytest.mark.parametrize(
+    ("lines", "failed", "stopped", "code"),
+    [
+        (["0 0", "0 0"], False, False, 0),
+        (["0 75", "0 75"], False, False, 75),
+        (["0 75", "0 0"], False, True, 75),
+        (["0 69", "0 71"], False, False, 71),
+        (["0 69"], True, False, 69),
+        (["0 124", "0 69"], True, False, 124),
+        (["0 69", "1 0", "1 0"], False, False, 0),  # the second attempt came to its end
+        (["0 75"], True, False, 1),  # stopped because another rank crashed
+        ([], True, False, 1),
+        ([], False, True, 75),
+    ],
+)
+def test_the_launcher_ends_with_the_code_that_says_most(lines, failed, stopped, code):
+    assert outcome(lines, failed=failed, stopped=stopped) == code

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from opensora import runtime
+from opensora import meeting, runtime
 from opensora.errors import UsageError
 
 
@@ -139,7 +139,7 @@ def test_a_restarted_attempt_does_not_see_the_addresses_of_the_dead(monkeypatch)
     places = []
     for attempt in ("0", "0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        places.append(runtime._meeting_place(0, 1, timedelta(seconds=10)))
+        places.append(meeting._meeting_place("peers", timedelta(seconds=10)))
     places[0].set("address", "of a rank")
     assert [place.check(["address"]) for place in places] == [True, True, False]
 
@@ -147,7 +147,7 @@ def test_a_restarted_attempt_does_not_see_the_addresses_of_the_dead(monkeypatch)
 RANKS = """
     import os, signal, sys
     import torch
-    from opensora import runtime
+    from opensora import meeting, runtime
     place = runtime.start("cpu", timeout_seconds=30)
     mine = torch.tensor([1.0 + place.rank])
     total = float(place.all_reduce(mine))

@@ -7,11 +7,17 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from opensora.disk import has_locks, leftover_name, lock, storage_errors, write_synced
+from opensora.errors import StorageError
 
 State = Literal["ok", "note", "broken"]
 
@@ -155,17 +161,77 @@ def _collectives() -> Finding:
         )
         if available
     ]
-    state: State = "ok" if "gloo" in backends else "broken"
-    return Finding("collectives", state, ", ".join(backends) or "no backend")
+    if "gloo" not in backends:
+        return Finding("collectives", "broken", "this torch has no gloo: ranks cannot meet on CPUs")
+    seconds = _sum_of_two_ranks()
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    way = f"through {chosen}" if chosen else "through the interface of this host's name"
+    text = f"{', '.join(backends)}; two gloo ranks added up {way} in {seconds * 1e3:.0f} ms"
+    return Finding("collectives", "ok", text + _loopback(chosen))
+
+
+def _sum_of_two_ranks() -> float:
+    """Seconds in which two gloo ranks, threads with real connections, meet and reduce a tensor."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed
+
+    store = torch.distributed.HashStore()
+
+    def rank(number: int) -> float:
+        timeout = timedelta(seconds=20)
+        group = torch.distributed.ProcessGroupGloo(store, number, 2, timeout)
+        mine = torch.full((1024,), number + 1.0)
+        group.allreduce([mine]).wait()
+        return float(mine.max())
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(2) as ranks:
+        sums = list(ranks.map(rank, range(2)))
+    if sums != [3.0, 3.0]:
+        raise RuntimeError(f"1 + 2 of two gloo ranks is {sums}")
+    return time.perf_counter() - began
+
+
+def _loopback(chosen: str | None) -> str:
+    """What to know where several nodes could not reach this one."""
+    try:
+        local = socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        local = True
+    if chosen or not local:
+        return ""
+    others = ", ".join(name for _, name in socket.if_nameindex() if name != "lo") or "none"
+    return (
+        ". This host's name is a loopback address: training on several nodes takes the interface "
+        f"that leads to MASTER_ADDR, or GLOO_SOCKET_IFNAME (here: {others})"
+    )
 
 
 def _disk(folder: Path) -> Finding:
-    usage = shutil.disk_usage(folder)
-    free = usage.free / 2**30
-    if not os.access(folder, os.W_OK):
-        return Finding("disk", "broken", f"{folder.resolve()} cannot be written to")
-    state: State = "ok" if free > 5 else "note"
-    return Finding("disk", state, f"{free:.0f} GiB free in {folder.resolve()}")
+    """Write, sync and lock a file, as a checkpoint does."""
+    if not folder.is_dir():
+        return Finding("disk", "broken", f"{folder.resolve()} is not a folder: create it")
+    content = bytes(16 * 2**20)
+    probe = leftover_name(folder / "doctor", "tmp")
+    try:
+        began = time.perf_counter()
+        with storage_errors(folder):
+            write_synced(probe, content)
+        rate = len(content) / (time.perf_counter() - began) / 1e6
+        descriptor = lock(probe)
+        locks = descriptor is not None and has_locks(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+    except StorageError as error:
+        return Finding("disk", "broken", str(error))
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    state: State = "ok" if free > 5 and locks else "note"
+    text = f"{free:.0f} GiB free in {folder.resolve()}, {rate:.0f} MB/s synced"
+    return Finding("disk", state, text + ("" if locks else "; it has no file locks"))
 
 
 def _torchvision() -> Finding:
@@ -181,7 +247,8 @@ def _torchvision() -> Finding:
             "torchvision",
             "broken",
             f"{version} does not load with this torch and breaks transformers and diffusers: "
-            f"pip uninstall torchvision ({str(error).splitlines()[0]})",
+            "pip uninstall torchvision, or install the one that was built for this torch "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})",
         )
     return Finding("torchvision", "ok", f"{version}, not needed")
 

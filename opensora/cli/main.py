@@ -6,18 +6,23 @@ refusals are quick.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from opensora import __version__
 from opensora.cli import checkpoints, data, inspect, run
-from opensora.errors import OpensoraError, Preempted, StorageError, UsageError, did_you_mean
+from opensora.errors import (
+    RESTARTABLE,
+    OpensoraError,
+    Preempted,
+    StorageError,
+    UsageError,
+    did_you_mean,
+    tell_launcher,
+)
 
 # Typer may bring its own copy of click; its exceptions are reached through the public one.
 UsageFault: Any = typer.BadParameter.__mro__[1]
@@ -31,7 +36,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Open video generation and world-model training.",
     epilog="Exit codes: 0 done, 64 usage or config, 65 bad data, 66 checkpoint unusable, "
-    "70 numerics, 74 disk or I/O, 75 stopped and resumable.",
+    "69 another rank was lost, 70 numerics, 71 out of memory, 74 disk or I/O, "
+    "75 stopped and resumable, 124 no progress.",
 )
 app.add_typer(data.app, name="data", help="Render, probe and check training data.")
 app.add_typer(inspect.config_app, name="config", help="Show configs and their schema.")
@@ -53,20 +59,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with the code of its outcome.
 
     SIGTERM ends a command as Ctrl-C does: what is half written is removed, and the same command
-    goes on. Training listens for itself.
+    goes on. Training listens for itself. Under `opensora.cli.launch` the code goes to the launcher,
+    and torchrun sees only those that another attempt may mend, because it restarts whatever fails.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = invoke(sys.argv[1:] if arguments is None else arguments)
-    _tell_launcher(code)
-    sys.exit(code)
-
-
-def _tell_launcher(code: int) -> None:
-    """Leave the exit code where a launcher asks for it: torchrun keeps no worker's."""
-    file = os.environ.get("OPENSORA_EXIT_FILE")
-    if file and os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # the code itself is told by every other way as well
-            Path(file).write_text(f"{code}\n")
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # the outcome stands; torchrun may not know it yet
+    told = tell_launcher(code)
+    sys.exit(0 if told and code not in RESTARTABLE else code)
 
 
 def invoke(arguments: list[str]) -> int:

@@ -5,13 +5,14 @@ What can be refused without torch is refused before torch is imported, which tak
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from opensora import config as configs
-from opensora.errors import UsageError
+from opensora.errors import OpensoraError, UsageError
 
 Overrides = typer.Argument(None, metavar="[KEY=VALUE]...", help="overrides, such as optim.lr=1e-3")
 
@@ -40,9 +41,14 @@ def train(
     from opensora.runtime import start
     from opensora.train.run import train as run
 
-    place = start(loaded.device)
+    place = start(loaded.device, loaded.watchdog.collective_seconds)
     try:
         run(loaded, place, sampler=sampler_for)
+    except OpensoraError:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun's, because this rank or another ends
+        raise
     finally:
         place.close()
 

@@ -26,6 +26,7 @@ from opensora.train.guard import GuardConfig
 from opensora.train.optim import MuonConfig, OptimConfig
 from opensora.train.text_to_video import TextToVideoConfig
 from opensora.train.tracking import LogConfig
+from opensora.watchdog import WatchdogConfig
 
 TaskConfig = Annotated[AutoencoderConfig | TextToVideoConfig, Field(discriminator="kind")]
 
@@ -44,6 +45,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "samples",
     "validation",
+    "watchdog",
     "resume_despite",
     "data.num_workers",
     "data.mix",
@@ -140,6 +142,7 @@ class TrainConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     resume_despite: tuple[str, ...] = Field(
         default=(),
         description="keys, such as steps, optim or data, whose change a resume accepts",

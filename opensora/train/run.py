@@ -23,6 +23,7 @@ from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
 from opensora.ops import selection
 from opensora.ops.attention import block_for
+from opensora.peers import ending_alike
 from opensora.runtime import Runtime, log
 from opensora.train import optim
 from opensora.train.autoencoder import Autoencoder, AutoencoderConfig
@@ -33,6 +34,7 @@ from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve
 from opensora.train.trainer import Sampler, Trainer
 from opensora.vae.causal import CausalVAEConfig
+from opensora.watchdog import Watchdog, watching
 
 
 def train(
@@ -50,8 +52,12 @@ def train(
     Raises:
         OpensoraError: with the exit code of its kind.
     """
-    with listening() as requests:
-        trainer = prepare(config, place, requests=requests, sampler=sampler)
+    with (
+        listening() as requests,
+        watching(config.watchdog, place.peers, config.output) as watchdog,
+        ending_alike(place.peers),
+    ):
+        trainer = prepare(config, place, requests=requests, sampler=sampler, watchdog=watchdog)
         trainer.run()
 
 
@@ -61,11 +67,13 @@ def prepare(
     *,
     requests: Requests | None = None,
     sampler: Callable[[TrainConfig], Sampler] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Trainer:
     """The trainer of a config, where the last attempt stopped; the arguments are those of `train`.
 
     Args:
         requests: what signals ask for.
+        watchdog: is told how far the run is.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -98,6 +106,7 @@ def prepare(
         requests=requests,
         sampler=sampler(config) if sampler is not None and config.samples.every else None,
         matmul_rate=rates[config.precision] * place.world_size,
+        watchdog=watchdog,
     )
     if place.is_main:
         preflight(config.output, num_bytes=_bytes_to_save(task))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from opensora.engine.interface import Engine, Update
-from opensora.errors import DataError, Preempted
+from opensora.errors import DataError, Preempted, StorageError
 from opensora.runtime import Runtime, log
 from opensora.train.bar import Bar
 from opensora.train.batches import (
@@ -31,6 +31,7 @@ from opensora.train.batches import (
 from opensora.train.config import TrainConfig
 from opensora.train.exchange import Totals, exchange
 from opensora.train.incidents import offenders
+from opensora.train.memory import out_of_memory
 from opensora.train.meter import Meter, headline
 from opensora.train.progress import Progress
 from opensora.train.signals import Requests
@@ -38,6 +39,7 @@ from opensora.train.state import RunState
 from opensora.train.tasks import StepLoss, Sums, Task
 from opensora.train.tracking import Tracker
 from opensora.train.validation import averaged, measure
+from opensora.watchdog import Watchdog
 
 Sampler = Callable[[Task, int, Path, dict[str, Any]], None]
 
@@ -53,6 +55,7 @@ class Trainer:
         requests: what signals ask for; nothing by default.
         sampler: draws sample videos into the run's folder, on rank 0.
         matmul_rate: FLOP/s that the devices of all ranks reach together.
+        watchdog: is told how far the run is; nobody watches by default.
     """
 
     def __init__(
@@ -66,10 +69,13 @@ class Trainer:
         requests: Requests | None = None,
         sampler: Sampler | None = None,
         matmul_rate: float = 0.0,
+        watchdog: Watchdog | None = None,
     ):
         self.config, self.runtime, self.task = config, runtime, task
         self.engine, self.source, self.sampler = engine, source, sampler
         self.requests = requests or Requests()
+        self.watchdog = watchdog or Watchdog(config.watchdog, runtime.peers, config.output)
+        self._shapes: set[tuple[int, ...]] = set()
         self.meter = Meter(matmul_rate, runtime.device)
         self.state = RunState(config, runtime, task, engine, source.identity)
         self.ema, self.guard = self.state.ema, self.state.guard
@@ -109,18 +115,26 @@ class Trainer:
         self.meter.read()
         while self.progress.step < self.config.steps:
             began = time.monotonic()
+            self._at("data", long=not self._shapes)
             batch = next(batches, None)
             if batch is None:
                 raise DataError(
                     f"the data ended at step {self.progress.step} of {self.config.steps}"
                 )
-            totals, update = self._step(batch)
+            with out_of_memory(
+                batch, config=self.config, task=self.task, runtime=self.runtime,
+                step=self.progress.step + 1,
+            ):  # fmt: skip
+                totals, update = self._step(batch)
             step = self._count(batch, totals, time.monotonic() - began)
             if step % self.config.log.every == 0 or step == self.config.steps:
                 self._report(totals, update, bar)
             paused = time.monotonic()
             self._between_steps(totals)
             self.meter.pause(time.monotonic() - paused)
+
+    def _at(self, stage: str, *, long: bool = False) -> None:
+        self.watchdog.at(self.progress.step + 1, stage, long=long)
 
     def _stop_before_the_first_step(self) -> None:
         """A signal may have come while the run was put together; nothing new is to be saved."""
@@ -132,6 +146,7 @@ class Trainer:
         config, step = self.config, self.progress.step
         parts = split(batch, config.micro_batch)
         outputs, flops = self._backward(parts, stand_in(batch, parts))
+        self._at("update")
         totals = exchange(
             outputs,
             self.runtime,
@@ -171,9 +186,12 @@ class Trainer:
         outputs, flops, rounds = [], 0, self._rounds(len(parts))
         for number, part in enumerate(parts, 1):
             last = number == rounds
+            shape = tensor_shape(part)
+            self._at("compute", long=shape not in self._shapes)
             work = partial(self.engine.backward, part, self.progress.step, last=last)
             rehearse = partial(self.task.flops, part) if self.config.compile == "always" else None
-            output, cost = self.meter.counted(tensor_shape(part), work, rehearse=rehearse)
+            output, cost = self.meter.counted(shape, work, rehearse=rehearse)
+            self._shapes.add(shape)
             outputs.append(output)
             flops += cost
         for number in range(len(parts) + 1, rounds + 1):
@@ -236,6 +254,7 @@ class Trainer:
         """Requests from outside, and validation, samples and checkpoints where they are due."""
         config, step = self.config, self.progress.step
         if totals.asked.stop:  # there may be seconds left, so nothing else comes first
+            self._at("checkpoint", long=True)
             self.state.save()
             raise Preempted(
                 f"stopped by a signal after step {step} of {config.steps}; everything is saved in "
@@ -250,6 +269,7 @@ class Trainer:
         if _due(step, config.samples.every):
             self._sample()
         if totals.asked.save or _due(step, config.checkpoint.every):
+            self._at("checkpoint", long=True)
             if config.checkpoint.background:
                 self.state.save_in_background()
             else:
@@ -259,6 +279,7 @@ class Trainer:
         """Metrics of the validation set on the averaged weights, recorded and returned."""
         if not self.source.has_validation:
             return None
+        self._at("validation", long=True)
         with averaged(self.task, self.ema):
             values = measure(
                 self.source.validation(),
@@ -280,22 +301,35 @@ class Trainer:
             close(batches)
 
     def _validation(self, batch: Any) -> Sums:
+        self._at("validation", long=True)
         with self.engine.autocast():
             return self.task.validation(batch)
 
     def _sample(self) -> None:
         if self.sampler is None:
             return
+        self._at("samples", long=True)
         with averaged(self.task, self.ema):
             if self.runtime.is_main:
-                self.sampler(self.task, self.progress.step, self.config.output, self.progress.shape)
+                self._draw(self.sampler)
             elif self.engine.collective:  # every call of the model needs this rank as well
                 with TemporaryDirectory() as nowhere:
                     self.sampler(self.task, self.progress.step, Path(nowhere), self.progress.shape)
         self.runtime.barrier()
 
+    def _draw(self, sampler: Sampler) -> None:
+        """Samples on rank 0. A disk that refuses them ends the run only where the other ranks take
+        part in every call and could not know where this one stopped."""
+        try:
+            sampler(self.task, self.progress.step, self.config.output, self.progress.shape)
+        except StorageError as error:
+            if self.engine.collective:
+                raise
+            log.error("%s; training goes on without these samples", error)
+
     def _finish(self) -> None:
         """The task's last measurements, the last figures, and the final checkpoint."""
+        self._at("validation", long=True)
         has_validation = self.source.has_validation
         batches = self.source.validation() if has_validation else self.source.train(0)
         limit = None if has_validation else _FINISHING_BATCHES
@@ -306,6 +340,7 @@ class Trainer:
         if self.config.samples.every:
             self._sample()
         self.progress.finished = True
+        self._at("checkpoint", long=True)
         path = self.state.save()
         if self.runtime.is_main:
             log.info(

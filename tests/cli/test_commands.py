@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from opensora.cli import doctor
 from opensora.cli import main as cli
 from opensora.cli.main import invoke
 
@@ -336,6 +337,36 @@ def test_the_doctor_looks_and_does_not_break(capsys, tmp_path):
 def test_the_doctor_tells_what_is_broken(capsys, tmp_path):
     assert invoke(["doctor", "--folder", str(tmp_path / "none")]) == 64
     assert "BROKEN  disk" in capsys.readouterr().out
+
+
+def test_the_doctor_lets_two_ranks_add_and_writes_to_the_disk(capsys, tmp_path):
+    text = tell(capsys, "doctor", "--folder", tmp_path)
+    assert re.search(r"two gloo ranks added up .* in \d+ ms", text)
+    assert re.search(r"GiB free in .*, \d+ MB/s synced", text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_doctor_tells_of_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    finding = next(f for f in doctor.examine(Path()) if f.name == "collectives")
+    assert finding.state == "broken"
+    assert "none0" in finding.text
+
+
+def test_the_doctor_tells_how_to_mend_a_torchvision_that_does_not_load(tmp_path, monkeypatch):
+    """As a torchvision of another torch does, it is installed and raises when it is imported."""
+    package, facts = tmp_path / "torchvision", tmp_path / "torchvision-0.0.1.dist-info"
+    package.mkdir()
+    facts.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = doctor._torchvision()
+    assert finding.state == "broken"
+    for part in ("0.0.1", "pip uninstall torchvision", "torchvision::nms does not exist"):
+        assert part in finding.text
 
 
 def test_a_plan_says_what_a_run_takes_and_refuses_what_does_not_fit(capsys):
