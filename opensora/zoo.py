@@ -6,6 +6,8 @@ itself, and a checkpoint can name only what stands in them.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from opensora.config import Config
@@ -13,16 +15,18 @@ from opensora.diffusion.flow import FlowConfig
 from opensora.diffusion.objective import ObjectiveConfig
 from opensora.diffusion.timesteps import LogitNormalConfig, TimestepConfig
 from opensora.errors import UsageError
+from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.text import encoders
 from opensora.text.encoders import AnyTextEncoder, TextConfig
 from opensora.text.words import WordsConfig
 from opensora.vae.causal import CausalVAE, CausalVAEConfig
 
-DENOISERS = {"stdit": STDiT}
+DENOISERS = {"stdit": STDiT, "mmdit": MMDiT}
 VAES = {"causal": CausalVAE}
 
-DenoiserConfig = STDiTConfig
+Denoiser = STDiT | MMDiT
+DenoiserConfig = Annotated[STDiTConfig | MMDiTConfig, Field(discriminator="kind")]
 VAEConfig = CausalVAEConfig
 
 
@@ -50,7 +54,7 @@ def build_text(config: TextConfig) -> AnyTextEncoder:
     return encoders.build(config)
 
 
-def build_denoiser(config: DenoiserConfig, *, vae: CausalVAE, text: AnyTextEncoder) -> STDiT:
+def build_denoiser(config: DenoiserConfig, *, vae: CausalVAE, text: AnyTextEncoder) -> Denoiser:
     """The denoiser for the latents of `vae` and the conditions of `text`.
 
     Raises:

@@ -9,10 +9,12 @@ dp_shard, ring and ulysses together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch.distributed as dist
 from pydantic import Field
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.config import Config
 from opensora.dist.groups import TorchGroup
@@ -135,6 +137,27 @@ class Mesh:
         self._groups = {
             degree: self._make_groups(degree) for degree in layout.degrees if degree > 1
         }
+
+        whole_models = layout.world_size // layout.tp
+        self.replicas = self._subgroup(whole_models, 1) if layout.tp > 1 else None
+        """Where layers are shared: the ranks that have the same part of them as this one."""
+
+    @cached_property
+    def devices(self) -> DeviceMesh:
+        """The ranks as torch's mesh: (replicate, shard, tp), where shard joins dp_shard, ring and
+        ulysses. Making it is collective."""
+        layout = self.layout
+        sizes = (layout.dp_replicate, layout.dp_shard * layout.sequence, layout.tp)
+        names = ("replicate", "shard", "tp")
+        mesh = init_device_mesh(self.device_type, sizes, mesh_dim_names=names)
+        if min(sizes[1:]) > 1:  # sums over both are made in one go, the same on every rank
+            mesh["shard", "tp"]._flatten("shard_tp")
+        return mesh
+
+    @cached_property
+    def layers(self) -> TorchGroup | None:
+        """The ranks that share layers with this one."""
+        return TorchGroup(self.devices["tp"].get_group()) if self.layout.tp > 1 else None
 
     def _make_groups(self, degree: int) -> SequenceGroups:
         """Groups of `degree` neighbours: Ulysses inside, ring across."""

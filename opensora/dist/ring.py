@@ -25,11 +25,18 @@ class BlockAttention(Protocol):
     """Attention of some queries to some keys, with what merging needs.
 
     Tensors are (B, L, K, d); lse is float (B, L, K), the log of the sum of exponents of a query's
-    logits.
+    logits. With a mask (B, S) only keys where it is True are seen, one of a row at least.
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output and its lse."""
         ...
@@ -45,9 +52,20 @@ class BlockAttention(Protocol):
         *,
         causal: bool,
         scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, where `out` and `lse` are those over *all* keys."""
         ...
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values (B, S, K, d) that every rank has and that do not travel, such as the text of
+    joint attention, and which of them are seen, bool (B, S); all where `mask` is None."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,22 +112,21 @@ class Ring:
 
 
 def ring_attend(
-    q: Tensor, k: Tensor, v: Tensor, ring: Ring, *, prefix: Pair | None = None
+    q: Tensor, k: Tensor, v: Tensor, ring: Ring, *, prefix: Prefix | None = None
 ) -> Tensor:
     """Attention over the whole sequence.
 
     Args:
         q: float (B, Lq, K, d) this rank's queries; more than its part where a prefix asks as well.
         k, v: float (B, L, K, d) this rank's part.
-        prefix: keys and values (B, S, K, d) that every rank has and that do not travel, such as
-            the text of joint attention.
+        prefix: what comes first on every rank.
 
     Returns:
         float (B, Lq, K, d) in q's dtype.
     """
     empty = k.new_empty(k.shape[0], 0, *k.shape[2:])
-    first, second = prefix if prefix is not None else (empty, empty)
-    return _RingAttention.apply(q, k, v, first, second, ring)
+    prefix = Prefix(empty, empty) if prefix is None else prefix
+    return _RingAttention.apply(q, k, v, prefix.k, prefix.v, prefix.mask, ring)
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Pair:
@@ -125,33 +142,44 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Pair:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, second: Tensor, ring: Ring
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        second: Tensor,
+        mask: Tensor | None,
+        ring: Ring,
     ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros_like(q, dtype=wide)
         lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
-        parts = ((ring.sees(o), ring.causal and o == ring.rank, *kv) for o, kv in ring.parts(k, v))
-        for seen, causal, keys, values in chain([(first.shape[1], False, first, second)], parts):
+        parts = (
+            (ring.sees(o), *kv, {"causal": ring.causal and o == ring.rank})
+            for o, kv in ring.parts(k, v)
+        )
+        prefix = (first.shape[1], first, second, {"causal": False, "mask": mask})
+        for seen, keys, values, options in chain([prefix], parts):
             if seen and q.numel():
-                more, more_lse = ring.block.forward(
-                    q, keys, values, causal=causal, scale=ring.scale
-                )
+                more, more_lse = ring.block.forward(q, keys, values, scale=ring.scale, **options)
                 out, lse = merge(out, lse, more.to(wide), more_lse.to(wide))
         out = out.to(q.dtype)
         ctx.ring = ring
-        ctx.save_for_backward(q, k, v, first, second, out, lse)
+        ctx.save_for_backward(q, k, v, first, second, mask, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        q, k, v, first, second, out, lse = ctx.saved_tensors
+        q, k, v, first, second, mask, out, lse = ctx.saved_tensors
         ring: Ring = ctx.ring
         gradient, wide = gradients[0], lse.dtype
         dq = torch.zeros_like(q, dtype=wide)
         dfirst, dsecond = torch.zeros_like(first), torch.zeros_like(second)
         rest = (q, out, lse)
         if first.shape[1] and q.numel():
-            dq_, dfirst, dsecond = _block_backward(ring, gradient, rest, first, second, False)
+            dq_, dfirst, dsecond = _block_backward(
+                ring, gradient, rest, first, second, causal=False, mask=mask
+            )
             dq += dq_
         # The gradients of a part follow it: each rank adds its own and passes them on.
         travelled: list[Tensor] = []
@@ -162,12 +190,12 @@ class _RingAttention(torch.autograd.Function):
                 travelled = [torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)]
             if ring.sees(owner) and q.numel():
                 causal = ring.causal and owner == ring.rank
-                dq_, dk, dv = _block_backward(ring, gradient, rest, keys, values, causal)
+                dq_, dk, dv = _block_backward(ring, gradient, rest, keys, values, causal=causal)
                 dq += dq_
                 travelled[0] += dk
                 travelled[1] += dv
         dk, dv = _pass_on(ring, travelled, ring.rank)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dfirst, dsecond, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dfirst, dsecond, None, None
 
 
 def _block_backward(
@@ -176,12 +204,10 @@ def _block_backward(
     rest: tuple[Tensor, Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
-    causal: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, out, lse = rest
-    return ring.block.backward(
-        gradient, q, keys, values, out, lse, causal=causal, scale=ring.scale
-    )
+    return ring.block.backward(gradient, q, keys, values, out, lse, scale=ring.scale, **options)
 
 
 def _pass_on(ring: Ring, tensors: list[Tensor], owner: int) -> list[Tensor]:

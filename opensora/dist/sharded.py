@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,3 +37,18 @@ def room(shape: torch.Size, dtype: torch.dtype, like: Tensor | None) -> Tensor:
     if like is not None and like.shape == shape and isinstance(like, DTensor):
         return torch.empty_like(like, dtype=dtype, requires_grad=False)
     return torch.empty(shape, dtype=dtype)
+
+
+def alike(values: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by what they are sharded over, plain ones together: torch's operators on lists take
+    no mixtures."""
+    found: dict[Any, list[Tensor]] = defaultdict(list)
+    for value in values:
+        found[value.device_mesh if isinstance(value, DTensor) else None].append(value)
+    return list(found.values())
+
+
+def norm(values: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all of them together, on every rank. Collective where a value is sharded."""
+    parts = [whole(torch.nn.utils.get_total_norm(part)) for part in alike(values)]
+    return torch.linalg.vector_norm(torch.stack(parts)) if len(parts) > 1 else parts[0]

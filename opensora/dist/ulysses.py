@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora.dist.collectives import exchange, gather, share, shares
 from opensora.dist.groups import Group
-from opensora.dist.ring import BlockAttention, Ring, ring_attend
+from opensora.dist.ring import BlockAttention, Prefix, Ring, ring_attend
 
 Text = tuple[Tensor, Tensor, Tensor]
 
@@ -69,6 +70,7 @@ def attend_sharded(
     *,
     lengths: tuple[int, ...],
     text: Text | None = None,
+    mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
     whole: Callable[..., Tensor] | None = None,
@@ -81,6 +83,7 @@ def attend_sharded(
         lengths: tokens of every rank's part, of groups.size ranks.
         text: q, k and v (B, S, K, d) of tokens that every rank has, for joint attention; they come
             first, see everything and are seen by everything.
+        mask: bool (B, S), which tokens of the text are seen; all where it is None.
         causal: over the whole sequence; not with text.
         scale: factor on the logits; 1 / sqrt(d) by default.
         whole: attends to whole sequences, as `opensora.ops.attention.attend`; serves instead of
@@ -111,11 +114,9 @@ def attend_sharded(
     if text is not None:
         num_text = text[0].shape[1]
         text_q, text_k, text_v = (t[:, :, mine] for t in text)  # B S K' d
-        q, prefix = torch.cat([text_q, q], dim=1), (text_k, text_v)
+        q, prefix = torch.cat([text_q, q], dim=1), Prefix(text_k, text_v, mask)
     if whole is not None and groups.ring_size == 1 and q.numel():
-        if prefix is not None:
-            k, v = torch.cat([prefix[0], k], dim=1), torch.cat([prefix[1], v], dim=1)
-        out = whole(q, k, v, causal=causal, scale=scale)
+        out = _attend_whole(whole, q, k, v, prefix, causal=causal, scale=scale)
     else:
         out = ring_attend(q, k, v, ring, prefix=prefix)
     video = exchange(
@@ -124,3 +125,21 @@ def attend_sharded(
     if text is None:
         return video
     return video, gather(out[:, :num_text], groups.ulysses, dim=2, sizes=heads)
+
+
+def _attend_whole(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: Prefix | None,
+    **options: Any,
+) -> Tensor:
+    """Attention of this rank's heads, with what comes first."""
+    if prefix is None:
+        return attend(q, k, v, **options)
+    mask = prefix.mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(k), k.shape[1])], dim=1)
+    k, v = torch.cat([prefix.k, k], dim=1), torch.cat([prefix.v, v], dim=1)
+    return attend(q, k, v, mask=mask, **options)

@@ -100,4 +100,4 @@ def build(
         return DeepspeedEngine(runtime, config, precision=precision)
     if isinstance(config, ColossalConfig):
         return ColossalEngine(runtime, mesh, config, precision=precision)
-    return LocalEngine(runtime, precision=precision)
+    return LocalEngine(runtime, mesh, precision=precision)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import (
     flop_registry,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+
+from opensora.dist.sharded import local
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -74,7 +77,8 @@ class FlopCounter(TorchDispatchMode):
         packet = function.overloadpacket
         formula = flop_registry.get(packet) or _ON_CPU.get(packet) or _BY_NAME.get(str(packet))
         if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
+            shapes = tree_map(local, (args, kwargs))  # of a shared matrix, this rank's part
+            self.total += formula(*shapes[0], **shapes[1], out_val=result)
         return result
 
 

@@ -112,7 +112,7 @@ class Footprint:
     Attributes:
         parameters: of the module, trained.
         flops: executed, recomputation included.
-        activations: peak bytes of forward and backward beside the parameters; with full gradients
+        forward, backward: peak bytes of either pass beside the parameters; with full gradients
             where they are kept.
         update: peak bytes of the optimizer's step beside the parameters: gradients, state and what
             it takes in between; 0 where gradients are sharded.
@@ -123,11 +123,17 @@ class Footprint:
 
     parameters: int
     flops: int
-    activations: int
+    forward: int
+    backward: int
     update: int
     state: int
     host: int = 0
     host_state: int = 0
+
+    @property
+    def activations(self) -> int:
+        """Peak bytes of forward and backward."""
+        return max(self.forward, self.backward)
 
 
 def rehearse(
@@ -155,10 +161,15 @@ def rehearse(
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_let_go)
         memory.reset()
-        with torch.autocast("cpu", precision, precision != torch.float32):
+        # Where parameters are sharded, their casts are not kept (see `FsdpEngine.autocast`).
+        with torch.autocast(
+            "cpu", precision, precision != torch.float32, cache_enabled=keeps_gradients
+        ):
             loss = call()
+        forward = memory.peak - before
+        memory.reset()
         loss.backward()
-        activations, flops, host_peak = memory.peak - before, counter.total, memory.host_peak
+        backward, flops, host_peak = memory.peak - before, counter.total, memory.host_peak
         del loss
         if not keeps_gradients:
             for parameter in trained:
@@ -166,7 +177,7 @@ def rehearse(
         update, state, host_state = _update(module, build, memory, before)
     update = update if keeps_gradients else 0
     parameters = sum(p.numel() for p in trained)
-    return Footprint(parameters, flops, activations, update, state, host_peak, host_state)
+    return Footprint(parameters, flops, forward, backward, update, state, host_peak, host_state)
 
 
 def _let_go(parameter: Tensor) -> None:

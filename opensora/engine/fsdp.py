@@ -64,6 +64,7 @@ class FsdpEngine(Engine):
         self.runtime, self.config, self.precision = runtime, config, dtype
         self._recipe = recipe
         self._mesh = _fsdp_mesh(mesh)
+        self._shared = mesh.layout.tp
         self.optimizers: Optimizers = []
         self._roots: list[Any] = []
 
@@ -118,8 +119,9 @@ class FsdpEngine(Engine):
         return output
 
     def autocast(self) -> torch.autocast:
-        device = self.runtime.device.type
-        return torch.autocast(device, self.precision, self.precision != torch.float32)
+        # Cached casts would keep all weights gathered, in half the size, to the end of the pass.
+        device, enabled = self.runtime.device.type, self.precision != torch.float32
+        return torch.autocast(device, self.precision, enabled, cache_enabled=False)
 
     def step(
         self, *, scale: float, max_norm: float, factor: float, accept: Callable[[float], bool]
@@ -127,7 +129,7 @@ class FsdpEngine(Engine):
         return interface.update(
             self.module,
             self.optimizers,
-            scale=scale,
+            scale=scale * self._shared,  # ranks that share layers have counted the same loss
             max_norm=max_norm,
             factor=factor,
             accept=accept,
@@ -152,7 +154,7 @@ def _fsdp_mesh(mesh: Mesh) -> DeviceMesh:
 
     layout = mesh.layout
     if layout.tp > 1:
-        raise UsageError("parallel.tp is not for engine.kind=fsdp yet; set parallel.tp=1")
+        return mesh.devices["shard" if layout.dp_replicate == 1 else ("replicate", "shard")]
     shard = layout.dp_shard * layout.sequence
     if layout.dp_replicate == 1:
         return init_device_mesh(mesh.device_type, (shard,), mesh_dim_names=("shard",))

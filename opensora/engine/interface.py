@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.dist.sharded import placed, whole
+from opensora.dist.sharded import alike, norm, placed
 from opensora.engine.ema import EMA, Averages, EMAConfig
 from opensora.errors import CheckpointError
 
@@ -102,10 +102,11 @@ def update(
 ) -> Update:
     """`Engine.step` where gradients lie in `grad`; `scale` makes them those of the mean loss."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = float(whole(torch.nn.utils.get_total_norm(gradients))) * scale
-    accepted = accept(norm)
+    found = float(norm(gradients)) * scale
+    accepted = accept(found)
     if accepted:
-        torch._foreach_mul_(gradients, scale * min(1.0, max_norm / (norm + 1e-6)))
+        for part in alike(gradients):
+            torch._foreach_mul_(part, scale * min(1.0, max_norm / (found + 1e-6)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -113,7 +114,7 @@ def update(
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return Update(norm, accepted)
+    return Update(found, accepted)
 
 
 def collect(module: nn.Module, optimizers: Optimizers) -> State:

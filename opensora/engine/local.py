@@ -8,10 +8,13 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from opensora.config import Config
+from opensora.dist.mesh import Mesh
+from opensora.dist.sharded import local
 from opensora.engine import interface
 from opensora.engine.interface import Engine, Optimizers, State, Update
 from opensora.runtime import Runtime
@@ -24,12 +27,22 @@ class LocalConfig(Config):
 
 
 class LocalEngine(Engine):
-    """Full parameters on every rank; gradients are averaged by DistributedDataParallel."""
+    """Full parameters on every rank, or its part of them where layers are shared.
 
-    collective = False
+    DistributedDataParallel averages gradients. With shared layers, which it does not know, they are
+    added up after the last micro-batch over the ranks that have the same part.
+    """
 
-    def __init__(self, runtime: Runtime, *, precision: torch.dtype = torch.float32):
-        self.runtime = runtime
+    def __init__(
+        self,
+        runtime: Runtime,
+        mesh: Mesh | None = None,
+        *,
+        precision: torch.dtype = torch.float32,
+    ):
+        self.runtime, self._mesh = runtime, mesh
+        self._shared = 1 if mesh is None else mesh.layout.tp
+        self.collective = self._shared > 1
         self.precision = precision
         self.optimizers: Optimizers = []
         self._wrapped: nn.Module
@@ -37,7 +50,7 @@ class LocalEngine(Engine):
     def wrap(self, module: nn.Module, build: Callable[[nn.Module], Optimizers]) -> None:
         self.module, self.optimizers = module, build(module)
         self._wrapped = module
-        if self.runtime.world_size > 1:
+        if self.runtime.world_size > 1 and self._shared == 1:
             # Strides of dims of size 1 mean nothing, yet 1x1x1 kernels make it warn of them.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
@@ -49,7 +62,23 @@ class LocalEngine(Engine):
             with self.autocast():
                 output = self._wrapped(*inputs)
             (output.total * weight).backward()
+        if last and self._shared > 1:
+            self._add_up()
         return output
+
+    def _add_up(self) -> None:
+        """Sums of gradients over the ranks with the same part of the layers, in one message."""
+        assert self._mesh is not None
+        replicas = self._mesh.replicas
+        if replicas is None:
+            return
+        gradients = [local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat, group=replicas.group)
+        for gradient, total in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(total.view(gradient.shape))
 
     def autocast(self) -> torch.autocast:
         device = self.runtime.device.type
@@ -61,8 +90,9 @@ class LocalEngine(Engine):
         return interface.update(
             self.module,
             self.optimizers,
-            # DDP divides by the number of ranks; the loss is a sum over all of them.
-            scale=scale * self.runtime.world_size,
+            # DDP divides by the number of ranks; the loss is a sum over all of them. Ranks that
+            # share layers have counted the same loss.
+            scale=scale * (self._shared if self._shared > 1 else self.runtime.world_size),
             max_norm=max_norm,
             factor=factor,
             accept=accept,

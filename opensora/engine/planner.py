@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from opensora.engine.footprint import Footprint
@@ -124,12 +125,33 @@ def memory(
     )
 
 
-def extrapolate(two: Footprint, three: Footprint, depth: int) -> Footprint:
-    """The footprint at any depth, from those of two and three pairs: every further pair adds the
-    same. (The first does not: what lies before the blocks is kept with it.)"""
+def extrapolate(
+    at: Callable[[dict[str, int]], Footprint], depths: dict[str, tuple[int, ...]]
+) -> Footprint:
+    """The footprint at any depth, from those of shallow models: each further layer adds the same.
+    (The first does not: what lies before the blocks is kept with it.)
+
+    Args:
+        at: the footprint at some depths, by name.
+        depths: name -> (layers wanted, how many make the peaks lie where they lie in a deep model,
+            after how many more the next ones are alike).
+    """
+    shallow = {
+        key: wanted if wanted < first + 2 * step else first + (wanted - first) % step
+        for key, (wanted, first, step) in depths.items()
+    }
+    base = at(shallow)
+    slopes = []
+    for name, (depth, _, step) in depths.items():
+        if depth > shallow[name]:
+            times = (depth - shallow[name]) // step
+            slopes.append((at({**shallow, name: shallow[name] + step}), times))
     return Footprint(
         *(
-            round(getattr(two, f) + (depth - 2) * (getattr(three, f) - getattr(two, f)))
-            for f in vars(two)
+            round(
+                getattr(base, f)
+                + sum(n * (getattr(more, f) - getattr(base, f)) for more, n in slopes)
+            )
+            for f in vars(base)
         )
     )

@@ -37,9 +37,9 @@ class RecomputeConfig(Config):
 
     policy: Literal["none", "block", "pair", "selective"] = Field(
         default="none",
-        description="none keeps everything; block keeps the input of every block; pair that of a "
-        "spatial and a temporal block together, exchanges between ranks included; selective keeps "
-        "block inputs and what attention gave (output and log-sum-exp)",
+        description="none keeps everything; block keeps the input of every block; pair that of two "
+        "neighbours together, in an STDiT a spatial and a temporal block with the exchanges of "
+        "ranks; selective keeps block inputs and what attention gave (output and log-sum-exp)",
     )
     tiles: int = Field(
         default=1,
@@ -74,13 +74,19 @@ def apply(
             compiled; tiles and pairs are around it.
     """
     blocks = list(model.blocks)  # type: ignore[arg-type]
-    if config.policy == "selective" or (config.policy == "block" and config.tiles == 1):
-        context = _saving_attention if config.policy == "selective" else None
-        run = partial(_checkpointed, context=context)
-        for block in blocks:
+    selective = config.policy == "selective"
+    if selective and config.tiles > 1 and not all(map(tiles.divisible, blocks)):
+        raise UsageError(
+            f"recompute.tiles={config.tiles} does not go with policy=selective for a "
+            f"{type(model).__name__}, whose attention sees everything at once: set "
+            "recompute.policy=block"
+        )
+    run = partial(_checkpointed, context=_saving_attention if selective else None)
+    for block in blocks if selective or config.policy == "block" else ():
+        if selective or config.tiles == 1 or not tiles.divisible(block):
             block.forward = partial(tiles.joined, block, block.forward, config.tiles, run)
     compile_blocks(blocks)
-    if config.tiles > 1 and config.policy != "selective":
+    if config.tiles > 1 and not selective:
         for part in filter(tiles.divisible, model.modules()):
             tiles.apply(part, config.tiles)
     keep = _offloaded if config.offload else _plain

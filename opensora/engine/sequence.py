@@ -1,9 +1,10 @@
 """Sequence parallelism applied to a model from outside: each rank has some frames of a clip.
 
-A plan says how a model's blocks run on sharded tokens. STDiT's spatial blocks need no exchange.
-Its temporal blocks see all frames of a window: with as many windows as ranks, frames are traded
-for windows and back, two exchanges for a pair of blocks (DSP, Zhao et al. 2024, arXiv 2403.10266);
-with fewer, the frames stay where they are and attention itself is shared (Ulysses, ring, or both).
+A plan says how a model's blocks run on sharded tokens. In an MMDiT all attention is shared, and
+every rank has the text (joint attention of USP). STDiT's spatial blocks need no exchange. Its
+temporal blocks see all frames of a window: with as many windows as ranks, frames are traded for
+windows and back, two exchanges for a pair of blocks (DSP, Zhao et al. 2024, arXiv 2403.10266); with
+fewer, the frames stay where they are and attention itself is shared (Ulysses, ring, or both).
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from opensora.dist.collectives import exchange, share, shares
+from opensora.dist.groups import Group
 from opensora.dist.mesh import Layout, Mesh
 from opensora.dist.ulysses import SequenceGroups, attend_sharded
 from opensora.errors import DataError, UsageError
+from opensora.models.mmdit import Heads, MMDiT
 from opensora.models.stdit import Places, STDiT
 from opensora.ops.attention import ChosenBlock, attend
 from opensora.types import Condition
@@ -56,6 +59,20 @@ class SequenceParallel:
         """By how many ranks every other clip is shared, in validation."""
         return self._layout.sequence
 
+    @property
+    def copies(self) -> int:
+        """How many ranks do the same work on a part of a clip, with parts of the layers."""
+        return self._layout.tp
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank is the one of them whose work is counted."""
+        return self._layers is None or self._layers.rank == 0
+
+    @property
+    def _layers(self) -> Group | None:
+        return self.mesh.layers if self.mesh is not None and self.copies > 1 else None
+
     def groups(self, degree: int) -> SequenceGroups:
         """The ranks that share a clip with this one."""
         return SequenceGroups() if self.mesh is None else self.mesh.sequence(degree)
@@ -66,7 +83,7 @@ class SequenceParallel:
         return share(num_frames, groups.rank, groups.size)
 
     def check_same(self, sample_ids: Tensor, degree: int, device: torch.device) -> None:
-        """See that the ranks which share clips have read the same ones.
+        """See that the ranks which share clips, or layers, have read the same ones.
 
         Args:
             sample_ids: int64 (B,).
@@ -74,11 +91,12 @@ class SequenceParallel:
         Raises:
             DataError: one of them had to replace a sample that others could read.
         """
-        flat = self.groups(degree).flat
-        if flat is None:
-            return
-        mine = sample_ids.to(device)
-        others = flat.all_gather(mine, [mine.shape] * flat.size)
+        for group in (self.groups(degree).flat, self._layers):
+            if group is not None:
+                self._check_same(sample_ids.to(device), group)
+
+    def _check_same(self, mine: Tensor, group: Group) -> None:
+        others = group.all_gather(mine, [mine.shape] * group.size)
         if not all(torch.equal(mine, other) for other in others):
             raise DataError(
                 "ranks that share a clip have read different samples, "
@@ -167,14 +185,37 @@ def _shared(places: Places, frames: list[int], mine: slice, groups: SequenceGrou
     return replace(places, phases=phases, attend=shared)
 
 
-PLANS: dict[type[nn.Module], Plan] = {STDiT: _stdit}
+def _mmdit(
+    model: MMDiT,
+    x: Tensor,
+    t: Tensor,
+    cond: Condition,
+    groups: SequenceGroups,
+    sharing: Sharing,
+) -> Tensor:
+    """Every rank runs the text's layers as well: its gradients there are what reaches them from its
+    own frames, so that they add up to the whole and nothing is counted twice."""
+    stream = model.enter(x, t, cond, frames=share(x.shape[2], groups.rank, groups.size))
+    lengths = tuple(count * stream.tokens.shape[2] for count in shares(x.shape[2], groups.size))
+
+    def together(video: Heads, text: Heads, mask: Tensor) -> tuple[Tensor, Tensor]:
+        joint: dict[str, Any] = {"text": text, "mask": mask, "lengths": lengths, "whole": attend}
+        out = attend_sharded(*video, groups, ChosenBlock(), **joint)
+        assert isinstance(out, tuple)
+        return out
+
+    places = replace(stream.places, attend=together)
+    return model.leave(model.through(replace(stream, places=places)))
+
+
+PLANS: dict[type[nn.Module], Plan] = {STDiT: _stdit, MMDiT: _mmdit}
 
 
 def check(model: nn.Module, layout: Layout) -> None:
     """Refuse what no plan covers.
 
     Raises:
-        UsageError: the model has no plan, or tensor parallelism is asked for.
+        UsageError: the model has no plan.
     """
     if layout.sequence > 1 and not isinstance(model, tuple(PLANS)):
         known = ", ".join(kind.__name__ for kind in PLANS)
@@ -182,5 +223,3 @@ def check(model: nn.Module, layout: Layout) -> None:
             f"{type(model).__name__} cannot share sequences: set parallel.ring=1 and "
             f"parallel.ulysses=1, or use one of {known}"
         )
-    if layout.tp > 1:
-        raise UsageError(f"parallel.tp={layout.tp}: no model here has a tensor-parallel plan yet")

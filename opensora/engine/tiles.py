@@ -23,12 +23,13 @@ Call = Callable[..., Any]
 
 def apply(module: nn.Module, tiles: int) -> None:
     """Run a module that offers `stages` in about so many tiles; names of parameters stay."""
-    module.forward = partial(_forward, module, module.forward, tiles)
+    # Where it lies within something that is compiled, it is a call out of that.
+    module.forward = torch.compiler.disable(partial(_forward, module, module.forward, tiles))
 
 
 def joined(module: nn.Module, call: Call, tiles: int, run: Call, x: Tensor, *others: Any) -> Tensor:
     """`call` in tiles that `run(tile's work, its tokens, *others)` takes care of."""
-    if tiles == 1:
+    if tiles == 1 or not divisible(module):
         return run(call, x, *others)
     for stage in cast(Divisible, module).stages(call, tiles, x, *others):
         parts = [run(piece.run, x[piece.index], *others) for piece in stage]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -60,6 +60,9 @@ class STDiTConfig(Config):
     condition_on_size: bool = Field(
         default=False, description="embed height and width as well as fps"
     )
+
+    layers: ClassVar = {"depth": (2, 1)}
+    """Depths, and from which on and in which steps each adds the same (`planner.extrapolate`)."""
 
     @model_validator(mode="after")
     def _divides(self) -> STDiTConfig:

@@ -7,8 +7,11 @@ ranks that share a sequence.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from opensora.ops.backends import BACKENDS, Request, machine, preferred, serving
 from opensora.ops.patterns import Frames, Packed, Pattern, kind_of
@@ -70,6 +73,23 @@ def _check(q: Tensor, k: Tensor, mask: Pattern, causal: bool) -> None:
         )
 
 
+HIDING, HIDDEN = 8, -1e4
+"""Features that hide keys, and their value: together they take 8e4 scale off a hidden key's logit,
+so that its weight is an exact zero; any dtype has the value, and any kernel the width."""
+
+
+def _hide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask of keys (B, S) as features of queries and keys, for kernels that know no masks."""
+    asks = q.new_ones(*q.shape[:-1], HIDING)
+    hides = k.new_full((), HIDDEN) * ~mask[:, :, None, None]
+    hides = hides.to(k.dtype).expand(*k.shape[:-1], HIDING)
+    return torch.cat([q, asks], -1), torch.cat([k, hides], -1), _widen(v)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return functional.pad(x, (0, HIDING))
+
+
 class FlashBlock:
     """Attention to a part of the keys by torch's fused kernels, with the lse that merging needs.
 
@@ -78,8 +98,18 @@ class FlashBlock:
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            out, lse = self.forward(*_hide(q, k, v, mask), causal=causal, scale=scale)
+            return out[..., : q.shape[-1]], lse
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         aten = torch.ops.aten
         if q.device.type == "cuda":
@@ -103,7 +133,13 @@ class FlashBlock:
         *,
         causal: bool,
         scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if mask is not None:
+            hidden = (_widen(gradient), *_hide(q, k, v, mask), _widen(out), lse)
+            found = self.backward(*hidden, causal=causal, scale=scale)
+            dq, dk, dv = (x[..., : q.shape[-1]] for x in found)
+            return dq, dk, dv
         gradient, q, k, v, out = (x.transpose(1, 2) for x in (gradient, q, k, v, out))
         lse = lse.transpose(1, 2)
         aten = torch.ops.aten
@@ -136,9 +172,16 @@ class ChosenBlock:
     """`block_for` whatever comes, which under autocast nobody knows before."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return self._of(q).forward(q, k, v, causal=causal, scale=scale)
+        return self._of(q).forward(q, k, v, causal=causal, scale=scale, mask=mask)
 
     def backward(
         self,
@@ -151,8 +194,10 @@ class ChosenBlock:
         *,
         causal: bool,
         scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._of(q).backward(gradient, q, k, v, out, lse, causal=causal, scale=scale)
+        options: dict[str, Any] = {"causal": causal, "scale": scale, "mask": mask}
+        return self._of(q).backward(gradient, q, k, v, out, lse, **options)
 
     def _of(self, q: Tensor) -> FlashBlock | PlainBlock:
         return block_for(q.device, q.dtype, q.shape[-1])
@@ -162,10 +207,17 @@ class PlainBlock:
     """The same in plain arithmetic: any device and dtype, memory of all logits; the reference."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
-            logits = self._logits(q, k, causal, scale)
+            logits = self._logits(q, k, causal, scale, mask)
             lse = logits.logsumexp(-1)  # B K L
             weights = (logits - lse.unsqueeze(-1)).exp()
             out = torch.einsum("bkls,bskd->blkd", weights, v.to(weights.dtype))
@@ -182,8 +234,9 @@ class PlainBlock:
         *,
         causal: bool,
         scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self._logits(q, k, causal, scale)
+        logits = self._logits(q, k, causal, scale, mask)
         wide = logits.dtype
         weights = (logits - lse.transpose(1, 2).unsqueeze(-1)).exp()  # B K L S
         gradient, out = gradient.to(wide), out.to(wide)
@@ -196,10 +249,14 @@ class PlainBlock:
         dk = torch.einsum("bkls,blkd->bskd", dlogits, q.to(wide))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def _logits(self, q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    def _logits(
+        self, q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None
+    ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = torch.einsum("blkd,bskd->bkls", q.to(wide), k.to(wide)) * scale
         if causal:
             seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
             logits = logits.masked_fill(~seen, -torch.inf)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
         return logits

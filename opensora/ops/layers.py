@@ -57,6 +57,17 @@ def normalise(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     return (wide * scale * weight).to(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """`normalise` over the last dim with a weight; torch's warns of bfloat16 x."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise(x, self.weight)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's affine part (Peebles & Xie 2023): x * (1 + scale) + shift.
 

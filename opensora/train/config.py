@@ -13,7 +13,7 @@ from opensora import config as configs
 from opensora.config import Config
 from opensora.data.sources import DataConfig
 from opensora.dist.mesh import ParallelConfig
-from opensora.engine import engines
+from opensora.engine import engines, tensor
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.ema import EMAConfig, PowerEMAConfig
 from opensora.engine.engines import EngineConfig
@@ -161,6 +161,10 @@ class TrainConfig(Config):
                 "recompute.policy=selective keeps what attention's kernel gave, and "
                 "attention=plain has none: set recompute.policy=block or attention=auto"
             )
+        if self.compile == "always" and self.parallel.tp > 1:
+            raise ValueError("compile=always does not go with parallel.tp; leave one of them out")
+        if self.task.kind == "text_to_video":
+            tensor.check(self.task.model, self.parallel.tp)
         if self.recompute != RecomputeConfig() and self.task.kind == "autoencoder":
             raise ValueError("recompute is for the task text_to_video; leave it out here")
         if self.task.kind == "autoencoder" and self.data.kind == "synthetic":

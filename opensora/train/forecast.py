@@ -1,7 +1,7 @@
 """What a training config would take on some number of devices, before any is touched.
 
 The real task runs in rehearsal (`engine.footprint`) once for each shape of batch. Of a deep model
-two and three pairs of blocks are rehearsed and the rest follows, because every pair takes the same.
+some blocks are rehearsed and the rest follows, because every further one takes the same.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def forecast(config: TrainConfig, ranks: int, target: Device, *, rate: float) ->
     """
     if not isinstance(config.task, TextToVideoConfig):
         raise UsageError("opensora plan knows the task text_to_video only; a VAE is small")
+    if config.parallel.tp > 1:
+        raise UsageError("opensora plan does not know parallel.tp yet; plan with parallel.tp=1")
     buckets = _largest(config)
     needs = [need_of(config, ranks, bucket, target) for bucket in buckets]
     rows = [_row(config, *pair, rate) for pair in zip(needs, buckets, strict=True)]
@@ -189,7 +191,7 @@ def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target:
     """A rank's memory, given what its step takes."""
     task = config.task
     assert isinstance(task, TextToVideoConfig)
-    unit = block_parameters(task)
+    units = block_parameters(task)
     bf16 = isinstance(config.engine, FsdpConfig) and config.engine.gather_dtype == "bf16"
     used = planner.memory(
         footprint,
@@ -197,7 +199,7 @@ def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target:
         target,
         averages=config.ema is not None,
         frozen_bytes=_frozen_bytes(task),
-        unit_parameters=max(unit, footprint.parameters - 2 * task.model.depth * unit),
+        unit_parameters=max(*units, footprint.parameters - sum(units)),
         gather_bytes=2 if bf16 else 4,
     )
     # Where the optimizer's own step is the worst moment, what it takes stands for activations.
@@ -222,14 +224,15 @@ def _at_depth(
     task, layout, degree, clips = config.task, share.layout, share.degree, share.clips
     assert isinstance(task, TextToVideoConfig)
 
-    def at(depth: int) -> Footprint:
-        key = (depth, layout.ring, layout.ulysses, bucket, degree, clips, *choices)
+    def at(depths: dict[str, int]) -> Footprint:
+        sizes = (*depths.values(), layout.ring, layout.ulysses, degree, clips)
+        key = (sizes, bucket, *choices)
         if key not in _REHEARSED:
-            _REHEARSED[key] = rehearsed(depth)
+            _REHEARSED[key] = rehearsed(depths)
         return _REHEARSED[key]
 
-    def rehearsed(depth: int) -> Footprint:
-        model = task.model.model_copy(update={"depth": depth})
+    def rehearsed(depths: dict[str, int]) -> Footprint:
+        model = task.model.model_copy(update=depths)
         make = partial(
             _step, task.model_copy(update={"model": model}), layout, bucket, degree, clips, saving
         )
@@ -242,8 +245,8 @@ def _at_depth(
 
     parts = (task, config.optim, saving)
     choices = (*(part.model_dump_json() for part in parts), config.precision, shards(config.engine))
-    depth = task.model.depth
-    return at(depth) if depth < 4 else planner.extrapolate(at(2), at(3), depth)
+    depths = {key: (getattr(task.model, key), *rule) for key, rule in task.model.layers.items()}
+    return planner.extrapolate(at, depths)
 
 
 def _step(
@@ -283,13 +286,11 @@ def _text(config: TextToVideoConfig) -> Any:
     return SimpleNamespace(trainable=False, pooled_channels=config.model.pooled_channels, **widths)
 
 
-def block_parameters(config: TextToVideoConfig) -> int:
-    """Parameters of one block."""
+def block_parameters(config: TextToVideoConfig) -> list[int]:
+    """Parameters of every block."""
     with torch.device("meta"):
-        model = zoo.DENOISERS[config.model.kind](
-            config.model.model_copy(update={"depth": 1}), in_channels=1
-        )
-    return sum(p.numel() for p in model.blocks[0].parameters())
+        model = zoo.DENOISERS[config.model.kind](config.model, in_channels=1)
+    return [sum(p.numel() for p in block.parameters()) for block in model.blocks]
 
 
 def _frozen_bytes(config: TextToVideoConfig) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from opensora.engine.fsdp import FsdpConfig
 from opensora.errors import OutOfMemory
 from opensora.runtime import Runtime
-from opensora.train.batches import tensor_shape
+from opensora.train.batches import pieces, tensor_shape
 from opensora.train.config import TrainConfig
 from opensora.train.tasks import Task
 from opensora.train.tracking import peak_memory_bytes
@@ -55,7 +56,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def report(
     error: Exception, batch: Any, config: TrainConfig, task: Task, runtime: Runtime, step: int
 ) -> str:
-    """One line: what, where, how much, and what to do."""
+    """One line: what, where, how much, and what to do; of a mixed step, about its largest batch."""
+    parts = pieces(batch) or (batch.stand_in,)
+    batch = max(parts, key=lambda part: prod(tensor_shape(part)))
     shape = task.shape(batch)
     clips = f"{len(batch)} x {shape['num_frames']}x{shape['height']}x{shape['width']}"
     if config.micro_batch is not None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from opensora.config import Config
-from opensora.dist.sharded import placed, whole
+from opensora.dist.sharded import alike, placed, whole
 from opensora.train.moments import StateConfig, stored
 
 
@@ -154,7 +154,7 @@ def build(config: AdamWConfig | MuonConfig, module: nn.Module) -> list[torch.opt
     """The optimizers of a run; every group remembers its own rate as `initial_lr`."""
     matrices, rest = split_parameters(module)
     adamw = config if isinstance(config, AdamWConfig) else config.adamw
-    groups = [{"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": part, "weight_decay": 0.0} for part in alike(rest)]
     optimizers: list[torch.optim.Optimizer] = []
     if isinstance(config, MuonConfig):
         muon = Muon(
@@ -166,7 +166,8 @@ def build(config: AdamWConfig | MuonConfig, module: nn.Module) -> list[torch.opt
         )
         optimizers.append(stored(muon, config, at_a_time=None))
     else:
-        groups.append({"params": matrices, "weight_decay": adamw.weight_decay})
+        decay = adamw.weight_decay
+        groups += [{"params": part, "weight_decay": decay} for part in alike(matrices)]
     elementwise = torch.optim.AdamW(
         groups, lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True
     )

@@ -17,7 +17,7 @@ from opensora.data.plan import PartOf, whole
 from opensora.disk import preflight, replace_file
 from opensora.dist.mesh import Mesh
 from opensora.dist.mesh import resolve as resolve_layout
-from opensora.engine import checkpoint, compiling, engines, recompute, sequence
+from opensora.engine import checkpoint, compiling, engines, recompute, sequence, tensor
 from opensora.engine.compiling import CompileChoice
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import UsageError
@@ -171,7 +171,8 @@ def _precision(config: TrainConfig, place: Runtime, rates: dict[str, float]) -> 
 
 def _compile(config: TrainConfig, place: Runtime) -> CompileChoice:
     """Whether to compile: as the run began, for a new run where every rank can."""
-    if config.task.kind == "autoencoder" or not engines.compiles(config.engine):
+    able = engines.compiles(config.engine) and config.parallel.tp == 1
+    if config.task.kind == "autoencoder" or not able:
         return "never"
     if config.compile == "auto" and (begun := checkpoint.committed(config.output / "checkpoints")):
         return checkpoint.read_config(begun[-1]).get("compile", "never")
@@ -241,6 +242,7 @@ def share_work(config: TrainConfig, task: Task, place: Runtime) -> Share:
     shared = SequenceParallel(ranks, config.parallel.max_tokens)
     if isinstance(task, TextToVideo):
         sequence.check(task.model, layout)
+        tensor.apply(task.model, ranks)
         task.sequence = shared
     return Share(
         ranks, lambda bucket: ranks.part(shared.degree(bucket.num_tokens)), ranks.part(shared.most)

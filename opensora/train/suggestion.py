@@ -97,7 +97,8 @@ def at_least(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) ->
     """A lower bound of a rank's memory, found without a rehearsal."""
     task, saving, share = config.task, config.recompute, share_of(config, ranks, bucket)
     assert isinstance(task, TextToVideoConfig)
-    blocks, parameters = 2 * task.model.depth, 2 * task.model.depth * block_parameters(task)
+    units = block_parameters(task)
+    blocks, parameters = len(units), sum(units)
     tokens = share.clips * bucket.num_tokens / share.degree
     residual = tokens * task.model.width * (4 if config.precision == "fp32" else 2)
     kept = 0.0 if saving.offload else KEPT[saving.policy] * blocks * residual
@@ -105,5 +106,5 @@ def at_least(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) ->
         0 if config.optim.offload else parameters * (config.optim.kind == "adamw") + parameters
     )
     state = moments * (2 if config.optim.state_dtype == "bf16" else 4)
-    least = Footprint(parameters, 0, round(kept + 2 * residual), 0, state)
+    least = Footprint(parameters, 0, round(kept + 2 * residual), 0, 0, state)
     return memory_of(config, share.layout, least, target).total

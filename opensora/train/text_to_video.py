@@ -154,11 +154,13 @@ class TextToVideo(Task):
 
     def tokens(self, batch: LatentBatch | VideoBatch) -> int:
         shape = self._latent_shape(batch)
-        frames = self.sequence.frames(shape[1], self.sharing(batch))
+        if not self.sequence.counts:
+            return 0
+        frames = self.sequence.frames(shape[1], self._degree(shape))
         return len(batch) * (frames.stop - frames.start) * self._tokens_per_frame(shape)
 
     def sharing(self, batch: LatentBatch | VideoBatch) -> int:
-        return self._degree(self._latent_shape(batch))
+        return self._degree(self._latent_shape(batch)) * self.sequence.copies
 
     def _degree(self, latent_shape: tuple[int, ...]) -> int:
         """How many ranks share a clip; in validation all that may."""
@@ -205,7 +207,7 @@ class TextToVideo(Task):
     def forward(self, batch: LatentBatch | VideoBatch, step: int) -> StepLoss:
         latents = self.latents(batch)  # B C T H W
         frames, ids = latents.shape[2], batch.sample_ids
-        self.sequence.check_same(ids, self.sharing(batch), self.device)
+        self.sequence.check_same(ids, self._degree(tuple(latents.shape[1:])), self.device)
         draw = lambda purpose, count=1: runtime.uniform(  # noqa: E731
             ids, self.seed, purpose, step, count=count
         )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from opensora.dist.groups import note
+from opensora.dist.mesh import Layout
+from opensora.dist.ulysses import SequenceGroups
 
 PATIENCE = 30.0
 
@@ -73,6 +75,28 @@ def groups(size: int) -> list[ThreadGroup]:
     """The ends of a group of `size` threads, by rank."""
     exchange = Exchange(size)
     return [ThreadGroup(exchange, rank) for rank in range(size)]
+
+
+class ThreadMesh:
+    """Stands for `dist.mesh.Mesh` where ranks are threads."""
+
+    def __init__(self, layout: Layout, every: list[SequenceGroups], rank: int):
+        self.layout, self._groups = layout, every[rank]
+
+    def sequence(self, degree: int) -> SequenceGroups:
+        return self._groups if degree > 1 else SequenceGroups()
+
+
+def ends(ulysses: int, ring: int) -> list[SequenceGroups]:
+    """The groups of every rank, ring-major, those of all ranks included."""
+    inner = [groups(ulysses) for _ in range(ring)]
+    outer = [groups(ring) for _ in range(ulysses)]
+    flat = groups(ulysses * ring)
+    return [
+        SequenceGroups(inner[r][u], outer[u][r], flat[r * ulysses + u])
+        for r in range(ring)
+        for u in range(ulysses)
+    ]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -109,6 +109,42 @@ def test_in_bf16_the_error_is_that_of_bf16(layout):
         assert (mine.double() - expected).norm() <= 2e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("block", [PlainBlock(), FlashBlock()], ids=lambda b: type(b).__name__)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=str)
+def test_hidden_text_is_seen_by_nobody(layout, block):
+    """Rows of a batch see 5 and 2 tokens of the text, the rest of which is huge."""
+    size, every = layout[0] * layout[1], ends(*layout)
+    mask = torch.arange(TEXT)[None] < torch.tensor([TEXT, 2])[:, None]
+    video, text = tensors(LENGTH), [x.clone() for x in tensors(TEXT)]
+    for x in text[1:3]:
+        x[1, 2:] = 1e3
+    given = [torch.cat(pair, dim=1).requires_grad_() for pair in zip(text, video, strict=True)]
+    seen = torch.cat([mask, torch.ones(BATCH, LENGTH, dtype=torch.bool)], dim=1)[:, None, None]
+    q, k, v = (x.transpose(1, 2) for x in given[:3])
+    out = scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)[:, TEXT:]
+    expected = torch.autograd.grad((out * video[3]).sum(), given[:3])
+
+    def work(rank):
+        part = share(LENGTH, rank, size)
+        mine = [x[:, part].clone().requires_grad_() for x in video[:3]]
+        words = [x.clone().requires_grad_() for x in text[:3]]
+        lengths = tuple(shares(LENGTH, size))
+        found, _ = attend_sharded(
+            *mine, every[rank], block, lengths=lengths, text=tuple(words), mask=mask
+        )
+        loss = (found * video[3][:, part]).sum()
+        return found.detach(), torch.autograd.grad(loss, [*words[1:], *mine])
+
+    results = run(size, work)
+    found = torch.cat([seen for seen, _ in results], dim=1)
+    assert_close(found, out.detach(), rtol=1e-10, atol=1e-12)
+    for index, gradient in enumerate(expected[1:]):
+        words = sum(gradients[index] for _, gradients in results)
+        frames = torch.cat([gradients[index + 3] for _, gradients in results], dim=1)
+        assert_close(torch.cat([words, frames], dim=1), gradient, rtol=1e-9, atol=1e-11)
+        assert not words[1, 2:].any()
+
+
 @pytest.mark.parametrize(
     ("layout", "attends"), [*((at, None) for at in LAYOUTS), ((2, 1), attend), ((2, 2), attend)]
 )

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from dist_support import groups, randn, run
+from dist_support import ThreadMesh, ends, randn, run
 from torch.testing import assert_close
 
 from opensora.dist.collectives import share
 from opensora.dist.groups import traffic
 from opensora.dist.mesh import Layout
-from opensora.dist.ulysses import SequenceGroups
 from opensora.engine import recompute
 from opensora.engine.recompute import RecomputeConfig
 from opensora.engine.sequence import PLANS, SequenceParallel, check
 from opensora.errors import DataError, UsageError
+from opensora.models.mmdit import MMDiT
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
@@ -35,27 +35,6 @@ def inputs(frames: int, height: int, width: int):
     mask = torch.arange(WORDS)[None] < torch.tensor([4, 2])[:, None]
     fps = torch.tensor([8.0, 24.0], dtype=torch.float64)
     return x, t, Condition(randn(BATCH, WORDS, 6, seed=2), mask, fps=fps)
-
-
-class ThreadMesh:
-    """Stands for `dist.mesh.Mesh` where ranks are threads."""
-
-    def __init__(self, layout: Layout, every: list[SequenceGroups], rank: int):
-        self.layout, self._groups = layout, every[rank]
-
-    def sequence(self, degree: int) -> SequenceGroups:
-        return self._groups if degree > 1 else SequenceGroups()
-
-
-def ends(ulysses: int, ring: int) -> list[SequenceGroups]:
-    inner = [groups(ulysses) for _ in range(ring)]
-    outer = [groups(ring) for _ in range(ulysses)]
-    flat = groups(ulysses * ring)
-    return [
-        SequenceGroups(inner[r][u], outer[u][r], flat[r * ulysses + u])
-        for r in range(ring)
-        for u in range(ulysses)
-    ]
 
 
 def on_ranks(shape, layout, sharing, *, saving=None, **changes):
@@ -156,4 +135,4 @@ def test_models_without_a_plan_are_refused():
     with pytest.raises(UsageError, match="Linear cannot share sequences"):
         check(torch.nn.Linear(1, 1), Layout(ulysses=2))
     check(torch.nn.Linear(1, 1), Layout(dp_replicate=2))
-    assert set(PLANS) == {STDiT}
+    assert set(PLANS) == {STDiT, MMDiT}

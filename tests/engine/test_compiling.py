@@ -11,18 +11,21 @@ from torch.testing import assert_close
 
 from opensora.engine import compiling
 from opensora.errors import UsageError
+from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
 # The compiler hides warnings of its own making, which it cannot where they are errors.
 pytestmark = pytest.mark.filterwarnings("default")
 CPU = torch.device("cpu")
-CONFIG = STDiTConfig(width=24, depth=2, num_heads=2, text_channels=6, window=(2, 2))
+SIZES = {"width": 24, "depth": 2, "num_heads": 2, "text_channels": 6}
+CONFIG = STDiTConfig(**SIZES, window=(2, 2))
+FULL = MMDiTConfig(**SIZES, single_depth=2, rope=(4, 4, 4), pooled_channels=0)
 
 
-def model() -> STDiT:
+def model(config=CONFIG) -> STDiT | MMDiT:
     torch.manual_seed(0)
-    made = STDiT(CONFIG, in_channels=3)
+    made = (MMDiT if config is FULL else STDiT)(config, in_channels=3)
     for parameter in made.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -40,7 +43,7 @@ def inputs(batch: int, words: int):
     )
 
 
-def gradients(of: STDiT, batch: int, words: int) -> dict[str, torch.Tensor]:
+def gradients(of: STDiT | MMDiT, batch: int, words: int) -> dict[str, torch.Tensor]:
     of.zero_grad()
     output = of(*inputs(batch, words))
     output.square().sum().backward()
@@ -66,15 +69,16 @@ def fresh():
     torch._dynamo.reset()
 
 
-def test_blocks_of_a_kind_share_a_graph_that_serves_every_length_of_text():
-    plain, compiled, backend = model(), model(), Counting()
+@pytest.mark.parametrize("config", [CONFIG, FULL], ids=lambda config: config.kind)
+def test_blocks_of_a_kind_share_a_graph_that_serves_every_length_of_text(config):
+    plain, compiled, backend = model(config), model(config), Counting()
     compiling.apply(compiled.blocks, backend=backend)
     for words in (5, 9, 3):
         theirs, mine = gradients(plain, 2, words), gradients(compiled, 2, words)
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
-    assert backend.graphs == 2  # the spatial and the temporal kind
+    assert backend.graphs == 2  # the spatial and the temporal kind, or double and single ones
 
 
 def test_without_gradients_nothing_is_compiled_and_names_stay():

@@ -12,16 +12,23 @@ from opensora.engine import recompute
 from opensora.engine.flops import FlopCounter, rehearsal
 from opensora.engine.footprint import LiveMemory
 from opensora.engine.recompute import ATTENTION, RecomputeConfig
+from opensora.errors import UsageError
+from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.types import Condition
 
 POLICIES = ["none", "block", "pair", "selective"]
 
 
-def build(window=(2, 2)) -> STDiT:
+def build(window=(2, 2)) -> STDiT | MMDiT:
     torch.manual_seed(0)
-    config = STDiTConfig(width=24, depth=2, num_heads=2, text_channels=6, window=window)
-    model = STDiT(config, in_channels=3).double()
+    sizes = {"width": 24, "num_heads": 2, "text_channels": 6}
+    if window == "mmdit":
+        config = MMDiTConfig(**sizes, depth=2, single_depth=3, rope=(4, 4, 4), pooled_channels=0)
+        model = MMDiT(config, in_channels=3).double()
+    else:
+        config = STDiTConfig(**sizes, depth=2, window=window)
+        model = STDiT(config, in_channels=3).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -63,12 +70,16 @@ def step(model, given):
     return out.detach(), gradients, sum(kept.values()), watching.attended
 
 
-@pytest.mark.parametrize("window", [None, (2, 2)], ids=str)
+@pytest.mark.parametrize("window", [None, (2, 2), "mmdit"], ids=str)
 @pytest.mark.parametrize(
     ("policy", "tiles", "offload"),
     [way for way in itertools.product(POLICIES, [1, 3], [False, True]) if way[:2] != ("none", 3)],
 )
 def test_no_policy_changes_a_value(policy, tiles, offload, window):
+    if (policy, tiles, window) == ("selective", 3, "mmdit"):
+        with pytest.raises(UsageError, match=r"sees everything at once.*recompute\.policy=block"):
+            recompute.apply(build(window), RecomputeConfig(policy=policy, tiles=tiles))
+        return
     given = inputs()
     out, gradients, _, _ = step(build(window), given)
     model = build(window)
@@ -182,6 +193,16 @@ def test_within_a_block_in_tiles_few_things_are_as_large_as_its_tokens(window, f
 def test_tiles_without_a_policy_are_refused():
     with pytest.raises(ValueError, match=r"tiles=4 needs a policy.*recompute\.policy=block"):
         RecomputeConfig(tiles=4)
+
+
+def test_so_it_does_in_a_model_of_full_attention():
+    kept, attended = {}, {}
+    for policy in POLICIES:
+        model = build("mmdit")
+        recompute.apply(model, RecomputeConfig(policy=policy))
+        _, _, kept[policy], attended[policy] = step(model, inputs())
+    assert kept["pair"] < kept["block"] < kept["none"] / 2
+    assert attended == {"none": 5, "selective": 5, "block": 10, "pair": 10}
 
 
 def test_names_of_parameters_stay():

@@ -344,6 +344,53 @@ def mixed_sharded(output: Path, place: Runtime) -> Any:
 
 
 MIXED = (mixed, mixed_shared, mixed_sharded)
+
+
+def mmdit(output: Path, place: Runtime) -> Any:
+    """Ranks share clips whose every token sees every other and the text; three heads."""
+    heads = ["task.model.num_heads=3", "task.model.width=24"]
+    degree = f"parallel.ulysses={min(2, place.world_size)}"
+    return training(output, place, "mmdit", *heads, degree)
+
+
+def mmdit_ring(output: Path, place: Runtime) -> Any:
+    """The same with keys that travel, and parameters that are sharded."""
+    changes = ["engine.kind=fsdp", "parallel.ring=2"] * (place.world_size > 1)
+    return training(output, place, "mmdit", *changes)
+
+
+def layers(output: Path, place: Runtime) -> Any:
+    """Two ranks share every layer; four are two such pairs on different clips."""
+    degree = f"parallel.tp={min(2, place.world_size)}"
+    return training(output, place, "mmdit", degree, "micro_batch=2")
+
+
+def layers_adamw(output: Path, place: Runtime) -> Any:
+    """The same with AdamW and gradients that are clipped."""
+    degree = f"parallel.tp={min(2, place.world_size)}"
+    optimizer = "optim={kind: adamw, lr: 0.002, weight_decay: 0.1}"
+    return training(output, place, "mmdit", optimizer, "max_grad_norm=0.05", degree)
+
+
+def layers_sharded(output: Path, place: Runtime) -> Any:
+    """Four ranks: what a rank of each pair has of a layer is sharded over both pairs."""
+    changes = ["parallel.tp=2", "engine.kind=fsdp"] * (place.world_size > 1)
+    return training(output, place, "mmdit", *changes)
+
+
+def layers_and_clips(output: Path, place: Runtime) -> Any:
+    """Four ranks: pairs share layers, and both pairs share every clip."""
+    changes = ["parallel.tp=2", "parallel.ulysses=2"] * (place.world_size > 1)
+    return training(output, place, "mmdit", *changes)
+
+
+def layers_go_on(output: Path, place: Runtime) -> Any:
+    """Shared layers go on from the run that `test_ranks.py` began on one rank."""
+    changes = ["steps=8", "resume_despite=[steps]", "parallel.tp=2"]
+    changes += ["engine.kind=fsdp"] * (place.world_size == 4)
+    return training(output, place, "mmdit", *changes)
+
+
 SCENARIOS = (
     autoencoder,
     text_to_video,
@@ -367,6 +414,11 @@ SCENARIOS = (
     fsdp_goes_on,
     full_disk_of_the_last,
     *MIXED,
+    mmdit,
+    mmdit_ring,
+    layers,
+    layers_adamw,
+    layers_go_on,
 )
 ON_FOUR = (
     ulysses,
@@ -379,12 +431,19 @@ ON_FOUR = (
     fsdp_goes_on_in_copies,
     placements,
     *MIXED,
+    layers,
+    layers_sharded,
+    layers_and_clips,
+    layers_go_on,
 )
 
 
 def main(output: Path) -> None:
     place = runtime.start("cpu", timeout_seconds=120)
+    wanted = sys.argv[2:]
     for scenario in ON_FOUR if place.world_size == 4 else SCENARIOS:
+        if wanted and scenario.__name__ not in wanted:
+            continue
         found = scenario(output / scenario.__name__, place)
         disk.replace_file(
             output / f"{scenario.__name__}-{place.rank}.json", json.dumps(found).encode()

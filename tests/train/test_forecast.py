@@ -70,6 +70,16 @@ def test_depth_beyond_three_follows_from_two_and_three(policy, tmp_path):
     assert quick.rows[0].memory.activations == pytest.approx(whole.activations, rel=0.01)
 
 
+def test_so_does_an_mmdit_of_which_both_kinds_of_blocks_are_deep(tmp_path):
+    depths = ["task.model.depth=7", "task.model.single_depth=12"]
+    config = tiny("mmdit", tmp_path, LARGER, "recompute.policy=pair", *depths)
+    quick = forecast(config, 1, H200, rate=1e12)
+    whole = whole_model(config, quick)
+    assert quick.parameters == whole.parameters
+    assert quick.rows[0].flops == whole.flops
+    assert quick.rows[0].memory.activations == pytest.approx(whole.activations, rel=0.01)
+
+
 def whole_model(config, quick):
     make = partial(
         forecasts._step, config.task, quick.layout, quick.rows[0].bucket, 1, 3, config.recompute

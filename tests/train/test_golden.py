@@ -33,7 +33,7 @@ def measured(name: str, output: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", ["vae", "stdit"])
+@pytest.mark.parametrize("name", ["vae", "stdit", "mmdit"])
 def test_a_tiny_run_is_the_golden_one(name, tmp_path):
     path = GOLDEN / f"{name}.json"
     found = measured(name, tmp_path / "run")

@@ -81,6 +81,7 @@ def two(tmp_path_factory) -> Outcome:
     torch.set_num_threads(1)
     for name in ("on_other_ranks", "fsdp_goes_on"):
         ranks.training(folder / name, ALONE, "stdit")
+    ranks.training(folder / "layers_go_on", ALONE, "mmdit")
     launch(Path(ranks.__file__), str(folder))
     return Outcome(folder)
 
@@ -90,6 +91,8 @@ def four(two, tmp_path_factory) -> Outcome:
     """The scenarios of shared clips on four ranks."""
     folder = tmp_path_factory.mktemp("four-ranks")
     shutil.copytree(two.run("fsdp_goes_on"), folder / "fsdp_goes_on_in_copies")
+    torch.set_num_threads(1)
+    ranks.training(folder / "layers_go_on", ALONE, "mmdit")
     launch(Path(ranks.__file__), str(folder), count=4)
     return Outcome(folder, 4)
 
@@ -169,6 +172,42 @@ def test_two_ranks_that_share_every_clip_train_as_one(scenario, two, tmp_path):
     first, second = two.of(scenario)
     assert first == second
     assert_equal_runs(tmp_path / "one", two.run(scenario), rows, [first])
+
+
+@pytest.mark.parametrize("scenario", ["mmdit", "mmdit_ring"])
+def test_two_ranks_that_share_all_attention_train_as_one(scenario, two, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, two.of(scenario)[:1])
+
+
+@pytest.mark.parametrize("scenario", ["layers", "layers_adamw"])
+def test_two_ranks_that_share_layers_train_as_one(scenario, two, tmp_path):
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    first, second = two.of(scenario)
+    assert first == second
+    assert_equal_runs(tmp_path / "one", two.run(scenario), rows, [first])
+
+
+@pytest.mark.parametrize("scenario", ["layers", "layers_sharded", "layers_and_clips"])
+def test_two_pairs_that_share_layers_train_as_one(scenario, four, tmp_path):
+    """On different clips; the same with each part sharded; and both pairs on the same clips."""
+    rows = getattr(ranks, scenario)(tmp_path / "one", ALONE)
+    seen = four.of(scenario)
+    assert seen[0] == seen[1] and seen[2] == seen[3]
+    parts = seen[:1] if scenario == "layers_and_clips" else seen[::2]
+    assert_equal_runs(tmp_path / "one", four.run(scenario), rows, parts)
+
+
+def test_a_run_goes_on_with_shared_layers_and_whole_again(two, four, tmp_path):
+    alone, again = tmp_path / "one", tmp_path / "again"
+    ranks.training(alone, ALONE, "mmdit")
+    rows = ranks.training(alone, ALONE, "mmdit", "steps=8", "resume_despite=[steps]")
+    assert_equal_runs(alone, two.run("layers_go_on"), rows, two.of("layers_go_on")[:1])
+    assert_equal_runs(alone, four.run("layers_go_on"), rows, four.of("layers_go_on")[::2])
+    shutil.copytree(two.run("layers_go_on"), again)
+    for run in (alone, again):
+        ranks.training(run, ALONE, "mmdit", "steps=11", "resume_despite=[steps]")
+    assert losses(again) == pytest.approx(losses(alone), rel=CLOSE)
 
 
 @pytest.mark.parametrize("degree", [2, 4])

@@ -75,7 +75,7 @@ def comparable(output: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if not any(c in k for c in clocks)} for r in records]
 
 
-@pytest.mark.parametrize("name", ["vae", "stdit"])
+@pytest.mark.parametrize("name", ["vae", "stdit", "mmdit"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stopped_by_a_signal_and_resumed_is_uninterrupted(name, precision, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

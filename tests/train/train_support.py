@@ -44,7 +44,8 @@ NUM_CLIPS = 12
 def tiny(name: str, output: Path, *overrides: str) -> TrainConfig:
     """A tiny training config, quiet, writing to `output`."""
     quiet = ("log.bar=false", "device=cpu", f'output="{output}"')
-    return configs.load(TrainConfig, TINY / f"{name}.yaml", [*quiet, *overrides])
+    path = ROOT / "configs/mmdit/tiny.yaml" if name == "mmdit" else TINY / f"{name}.yaml"
+    return configs.load(TrainConfig, path, [*quiet, *overrides])
 
 
 def rows_of(step: int, batch_size: int) -> list[int]:
