@@ -21,7 +21,6 @@ from opensora.data.buckets import Bucket, levels
 from opensora.dist.mesh import Layout, resolve
 from opensora.engine import engines, planner, recompute
 from opensora.engine.engines import shards
-from opensora.engine.flops import rehearsal
 from opensora.engine.footprint import Footprint, ImaginedMesh, rehearse
 from opensora.engine.fsdp import FsdpConfig
 from opensora.engine.planner import Device, Memory
@@ -98,33 +97,6 @@ def forecast(config: TrainConfig, ranks: int, target: Device, *, rate: float) ->
     needs = [need_of(config, ranks, bucket, target) for bucket in buckets]
     rows = [_row(config, *pair, rate) for pair in zip(needs, buckets, strict=True)]
     return Forecast(needs[0].share.layout, needs[0].footprint.parameters, tuple(rows))
-
-
-def clip_cost(config: TrainConfig) -> Callable[[Bucket], float]:
-    """FLOPs of a step on one clip of a bucket, by which clips are dealt to ranks.
-
-    Rehearsed once for each resolution and length; other proportions follow by their tokens.
-    """
-    assert isinstance(config.task, TextToVideoConfig)
-    task, per_token = config.task, dict[tuple[str, int], float]()
-
-    def cost(bucket: Bucket) -> float:
-        key = (bucket.resolution, bucket.num_frames)
-        if key not in per_token:
-            done = _at_depth(config, Share(Layout(), 1, 1), bucket, config.recompute)
-            encoded = _encoding(task, bucket) if config.data.kind == "clips" else 0
-            per_token[key] = (done.flops + encoded) / bucket.num_tokens
-        return per_token[key] * bucket.num_tokens
-
-    return cost
-
-
-def _encoding(task: TextToVideoConfig, bucket: Bucket) -> int:
-    """FLOPs of the VAE on one clip."""
-    with rehearsal(torch.device("cpu")) as (counter, _), torch.no_grad():
-        vae = zoo.build_vae(task.vae or zoo.VAEConfig())
-        vae.encode(torch.empty(1, 3, bucket.num_frames, bucket.height, bucket.width))
-    return counter.total
 
 
 def _largest(config: TrainConfig) -> list[Bucket]:
@@ -234,7 +206,7 @@ def _at_depth(
     def rehearsed(depths: dict[str, int]) -> Footprint:
         model = task.model.model_copy(update=depths)
         make = partial(
-            _step, task.model_copy(update={"model": model}), layout, bucket, degree, clips, saving
+            loss_of, task.model_copy(update={"model": model}), layout, bucket, degree, clips, saving
         )
         return rehearse(
             make,
@@ -245,11 +217,15 @@ def _at_depth(
 
     parts = (task, config.optim, saving)
     choices = (*(part.model_dump_json() for part in parts), config.precision, shards(config.engine))
-    depths = {key: (getattr(task.model, key), *rule) for key, rule in task.model.layers.items()}
-    return planner.extrapolate(at, depths)
+    return planner.extrapolate(at, layers(task.model))
 
 
-def _step(
+def layers(model: zoo.DenoiserConfig) -> dict[str, tuple[int, ...]]:
+    """The depths of a model, as `planner.extrapolate` takes them."""
+    return {key: (getattr(model, key), *rule) for key, rule in model.layers.items()}
+
+
+def loss_of(
     config: TextToVideoConfig,
     layout: Layout,
     bucket: Bucket,

@@ -28,7 +28,7 @@ from opensora.runtime import Runtime, log
 from opensora.train import optim
 from opensora.train.autoencoder import Autoencoder, AutoencoderConfig
 from opensora.train.config import TrainConfig
-from opensora.train.forecast import clip_cost
+from opensora.train.cost import clip_cost
 from opensora.train.signals import Requests, listening
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve

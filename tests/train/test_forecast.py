@@ -82,7 +82,7 @@ def test_so_does_an_mmdit_of_which_both_kinds_of_blocks_are_deep(tmp_path):
 
 def whole_model(config, quick):
     make = partial(
-        forecasts._step, config.task, quick.layout, quick.rows[0].bucket, 1, 3, config.recompute
+        forecasts.loss_of, config.task, quick.layout, quick.rows[0].bucket, 1, 3, config.recompute
     )
     build = partial(optim.build, config.optim)
     return rehearse(make, build, precision=torch.float32, keeps_gradients=True)

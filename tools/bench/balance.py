@@ -26,7 +26,7 @@ from opensora.data.plan import Plan
 from opensora.data.sources import tokens
 from opensora.data.synthetic import SyntheticAssigner, SyntheticSourceConfig
 from opensora.train.config import TrainConfig
-from opensora.train.forecast import clip_cost
+from opensora.train.cost import clip_cost
 
 STRIDE, PATCH = (4, 8, 8), (1, 2, 2)
 LENGTHS = (1, 49, 101, 205, 409)
