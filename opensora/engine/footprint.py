@@ -171,8 +171,8 @@ def rehearse(
         loss.backward()
         backward, flops, host_peak = memory.peak - before, counter.total, memory.host_peak
         del loss
-        if not keeps_gradients:
-            for parameter in trained:
+        for parameter in trained:  # what was let go, and what lies before the rehearsed call
+            if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
         update, state, host_state = _update(module, build, memory, before)
     update = update if keeps_gradients else 0
