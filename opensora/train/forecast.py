@@ -197,7 +197,7 @@ def _at_depth(
     assert isinstance(task, TextToVideoConfig)
 
     def at(depths: dict[str, int]) -> Footprint:
-        sizes = (*depths.values(), layout.ring, layout.ulysses, degree, clips)
+        sizes = (*depths.values(), layout.ring, layout.ulysses, degree, clips, TEXT_TOKENS)
         key = (sizes, bucket, *choices)
         if key not in _REHEARSED:
             _REHEARSED[key] = rehearsed(depths)

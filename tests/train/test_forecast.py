@@ -172,11 +172,7 @@ def test_what_waits_on_the_host_is_not_on_the_device(tmp_path):
     assert narrow.optimizer == plain.weights + counters
     assert away.optimizer == counters
     assert away.host == plain.host + 2 * plain.weights
-    kept = forecast(
-        planned(tmp_path, saving[0].replace("true", "false"), LARGER), 1, H200, rate=1e12
-    )
-    assert plain.host > 0 == kept.peak.memory.host
-    assert kept.peak.memory.activations > plain.activations
+    assert plain.host == 2 * 3 * 320 * 32 * 4  # two blocks' inputs: 3 clips of 320 tokens
 
 
 def test_shared_clips_and_sharded_parameters_take_less(tmp_path):
