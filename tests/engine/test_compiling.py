@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from opensora.engine import compiling
+from opensora.engine import compiling, recompute
+from opensora.engine.recompute import RecomputeConfig
 from opensora.errors import UsageError
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.stdit import STDiT, STDiTConfig
@@ -79,6 +80,21 @@ def test_blocks_of_a_kind_share_a_graph_that_serves_every_length_of_text(config)
         for name, value in theirs.items():
             assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
     assert backend.graphs == 2  # the spatial and the temporal kind, or double and single ones
+
+
+@pytest.mark.parametrize("policy", ["block", "pair", "selective"])
+def test_tiles_of_compiled_blocks_are_compiled_and_the_same(policy):
+    plain, compiled, backend = model(), model(), Counting()
+    saving = RecomputeConfig(policy=policy, tiles=2)
+    recompute.apply(
+        compiled, saving, compile_blocks=lambda blocks: compiling.apply(blocks, backend=backend)
+    )
+    theirs, mine = gradients(plain, 2, 5), gradients(compiled, 2, 5)
+    for name, value in theirs.items():
+        assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
+    assert backend.graphs >= 2
+    with torch.no_grad():
+        assert_close(compiled(*inputs(2, 5)), theirs["output"], rtol=1e-4, atol=1e-5)
 
 
 def test_without_gradients_nothing_is_compiled_and_names_stay():
