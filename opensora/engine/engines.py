@@ -31,20 +31,31 @@ def shards(config: AnyEngineConfig) -> bool:
     return isinstance(config, FsdpConfig)
 
 
+def fills(config: AnyEngineConfig) -> bool:
+    """Whether an engine can take a model without weights and fill its parts (`Recipe`)."""
+    return isinstance(config, FsdpConfig)
+
+
 def check(
-    config: AnyEngineConfig, parallel: ParallelConfig, *, optim: str, compiled: CompileChoice
+    config: AnyEngineConfig,
+    parallel: ParallelConfig,
+    *,
+    optim: str,
+    stored: bool,
+    compiled: CompileChoice,
 ) -> None:
     """Refuse what an engine cannot do, from the config alone.
 
     Args:
         optim: kind of the optimizer.
+        stored: whether its state is kept in another dtype or place than it works with.
         compiled: the config's `compile`.
 
     Raises:
         UsageError: with what to change.
     """
     if isinstance(config, DeepspeedConfig):
-        zero.check(config, parallel, optim=optim, compiled=compiled)
+        zero.check(config, parallel, optim=optim, stored=stored, compiled=compiled)
     if isinstance(config, ColossalConfig):
         colossal.check(config)
 
@@ -89,7 +100,7 @@ def build(
 
     Args:
         mesh: None on one rank.
-        recipe: fills a model that has no weights yet; only for engines that shard.
+        recipe: fills a model that has no weights yet; only for engines that `fills` names.
 
     Raises:
         UsageError: it cannot work with these ranks or in this precision.

@@ -40,8 +40,10 @@ class DeepspeedConfig(Config):
         return self
 
 
-def check(config: DeepspeedConfig, parallel: ParallelConfig, *, optim: str, compiled: str) -> None:
-    """Refuse what this engine cannot do.
+def check(
+    config: DeepspeedConfig, parallel: ParallelConfig, *, optim: str, stored: bool, compiled: str
+) -> None:
+    """Refuse what this engine cannot do; the arguments are those of `engines.check`.
 
     Raises:
         UsageError: with what to change.
@@ -50,6 +52,11 @@ def check(config: DeepspeedConfig, parallel: ParallelConfig, *, optim: str, comp
         raise UsageError(
             f"optim.kind={optim} needs whole matrices, and engine.kind=deepspeed shards flat parts "
             "of them: set optim.kind=adamw, engine.stage=0 or engine.kind=fsdp"
+        )
+    if config.stage and stored:
+        raise UsageError(
+            "optim.state_dtype and optim.offload are not for engine.kind=deepspeed, which keeps "
+            "state itself: leave them out, or set engine.offload_optimizer=true"
         )
     if config.stage and (parallel.dp_replicate or 1) > 1:
         raise UsageError(

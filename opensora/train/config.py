@@ -177,7 +177,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _engine_fits(self) -> TrainConfig:
-        engines.check(self.engine, self.parallel, optim=self.optim.kind, compiled=self.compile)
+        engines.check(
+            self.engine,
+            self.parallel,
+            optim=self.optim.kind,
+            stored=self.optim.stored_otherwise,
+            compiled=self.compile,
+        )
         return self
 
     def json_text(self) -> str:

@@ -80,7 +80,7 @@ def prepare(
     engines.find(config.engine, place.device)
     rates = measure(place)
     config = settle(config, place, rates)
-    deferred = engines.shards(config.engine) and place.world_size > 1
+    deferred = engines.fills(config.engine) and place.world_size > 1
     task = build_task(config, deferred=deferred).to(place.device)
     work = share_work(config, task, place)
     select_attention(config, task, place, work)

@@ -34,6 +34,8 @@ def tiny(*overrides: str) -> TrainConfig:
     ("overrides", "told"),
     [
         (["optim={kind: muon}"], "optim.kind=muon needs whole matrices"),
+        (["optim.state_dtype=bf16"], "optim.state_dtype and optim.offload are not for"),
+        (["optim.offload=true"], "set engine.offload_optimizer=true"),
         (["parallel.dp_replicate=2"], "parallel.dp_replicate=2: DeepSpeed shards over all ranks"),
         (["engine.stage=3", "compile=always"], "compile=always cannot see the parameters"),
         (["engine.stage=0", "engine.offload_optimizer=true"], "needs sharded state"),

@@ -92,6 +92,12 @@ def test_muon_trains_where_nothing_is_sharded(two, tmp_path):
     assert_equal_runs(tmp_path / "one", two.run("muon"), rows, two.of("muon"))
 
 
+def test_the_command_builds_the_model_as_the_engine_wants_it(two, tmp_path):
+    zero.command(tmp_path, ALONE)
+    assert len(losses(tmp_path)) == 3
+    assert losses(two.run("command_in_stage_3")) == pytest.approx(losses(tmp_path), rel=CLOSE)
+
+
 def test_a_run_goes_on_from_local_through_two_stages_and_back(two, tmp_path):
     alone, again = tmp_path / "one", tmp_path / "again"
     training(alone, ALONE, "stdit", *COMMON)

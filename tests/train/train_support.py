@@ -150,7 +150,7 @@ def make_trainer(
     """A trainer on memory, where the config's task decides what the batches are."""
     collate = clips if isinstance(config.task, AutoencoderConfig) else latents
     if task is None:
-        task = fresh_task(config, deferred=engines.shards(config.engine) and place.world_size > 1)
+        task = fresh_task(config, deferred=engines.fills(config.engine) and place.world_size > 1)
     share = share_work(config, task, place)
     if isinstance(task, TextToVideo):
         recompute.apply(task.model, config.recompute)

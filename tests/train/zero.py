@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import training
 from torch import nn
-from train_support import StepLoss
+from train_support import StepLoss, tiny
 
 from opensora import disk, runtime
 from opensora.dist.mesh import Layout
@@ -23,7 +23,7 @@ from opensora.engine import engines
 from opensora.engine.footprint import LiveMemory
 from opensora.engine.zero import DeepspeedConfig
 from opensora.runtime import Runtime
-from opensora.train import optim
+from opensora.train import optim, run
 
 COMMON = ("optim={kind: adamw, lr: 0.002, weight_decay: 0.1}", "max_grad_norm=0.5")
 """Gradients of the tiny run have norms of 0.6 and more, so that every step is clipped."""
@@ -62,6 +62,22 @@ def goes_on(output: Path, place: Runtime) -> Any:
 def muon(output: Path, place: Runtime) -> Any:
     """Stage 0 shards nothing, so matrices are whole."""
     return training(output, place, "stdit", "engine={kind: deepspeed, stage: 0}", "micro_batch=2")
+
+
+SYNTHETIC = (
+    "data={kind: synthetic, num_samples: 16, buckets: {resolutions: {32px: {5: {batch_size: 4}}}, "
+    'aspect_ratios: ["1:1"]}}'
+)
+
+
+def command(output: Path, place: Runtime, *overrides: str) -> Any:
+    """What `opensora train` runs, with a model that is built as an engine wants it."""
+    changes = ["steps=3", "task.vae_from=null", SYNTHETIC, *COMMON, *overrides]
+    run.train(tiny("stdit", output, *changes), place)
+
+
+def command_in_stage_3(output: Path, place: Runtime) -> Any:
+    return command(output, place, "engine={kind: deepspeed, stage: 3}")
 
 
 def refusals(output: Path, place: Runtime) -> Any:
@@ -153,10 +169,10 @@ def main(output: Path) -> None:
         )
         for name in (ON_FOUR if four else CASES)
     }
-    for other in () if four else (muon, goes_on, refusals, memory):
+    for other in () if four else (muon, goes_on, command_in_stage_3, refusals, memory):
         scenarios[other.__name__] = lambda other=other: other(output / other.__name__, place)
-    for name, run in scenarios.items():
-        disk.replace_file(output / f"{name}-{place.rank}.json", json.dumps(run()).encode())
+    for name, scenario in scenarios.items():
+        disk.replace_file(output / f"{name}-{place.rank}.json", json.dumps(scenario()).encode())
     place.close()
 
 
