@@ -79,6 +79,7 @@ def test_measuring_in_between_sees_the_averages_of_partitioned_weights(one, two)
     assert found[1] == pytest.approx(found[0], rel=CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", zero.ON_FOUR)
 def test_four_ranks_train_as_one(case, one, four):
     folder, rows = one

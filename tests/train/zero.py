@@ -30,17 +30,22 @@ COMMON = ("optim={kind: adamw, lr: 0.002, weight_decay: 0.1}", "max_grad_norm=0.
 
 CASES: dict[str, tuple[str, ...]] = {
     "pieces_1": ("engine={kind: deepspeed, stage: 1}", "micro_batch=2"),
-    "pieces_2": ("engine={kind: deepspeed, stage: 2}", "micro_batch=2", "recompute.policy=pair"),
+    "offloaded_2": (
+        "engine={kind: deepspeed, stage: 2, offload_optimizer: true}",
+        "micro_batch=2",
+        "recompute.policy=pair",
+    ),
     "pieces_3": (
         "engine={kind: deepspeed, stage: 3}",
         "micro_batch=2",
         "recompute.policy=pair",
         "validation.every=2",
     ),
-    "offloaded_2": ("engine={kind: deepspeed, stage: 2, offload_optimizer: true}",),
-    "offloaded_3": ("engine={kind: deepspeed, stage: 3, offload_optimizer: true}",),
     "shared_1": ("engine={kind: deepspeed, stage: 1}", "parallel.ulysses=2"),
-    "shared_3": ("engine={kind: deepspeed, stage: 3}", "parallel.ulysses=2"),
+    "shared_3": (
+        "engine={kind: deepspeed, stage: 3, offload_optimizer: true}",
+        "parallel.ulysses=2",
+    ),
 }
 ON_FOUR = ("pieces_1", "shared_3")
 
@@ -54,7 +59,7 @@ def goes_on(output: Path, place: Runtime) -> Any:
     """From the run that `test_zero.py` began on one rank, three steps in stage 2, three in 3."""
     for stage, steps in ((2, 8), (3, 11)):
         engine = f"engine={{kind: deepspeed, stage: {stage}}}"
-        changes = [f"steps={steps}", "resume_despite=[steps]", engine]
+        changes = [f"steps={steps}", "resume_despite=[steps]", engine, "micro_batch=2"]
         rows = training(output, place, "stdit", *COMMON, *changes)
     return rows
 
