@@ -87,14 +87,16 @@ def files_of(part: str, names: Iterable[str]) -> list[str]:
 
 
 def write(path: Path, content: list[Piece]) -> None:
-    """Write pieces to a file, which is not synced.
+    """Write pieces to a file, which is not synced; its name is one of `file_name`.
 
     Raises:
         StorageError: the disk refuses.
     """
+    sharded = "-of-" in path.name
     own = {piece.name: piece.tensor.cpu().contiguous() for piece in content}
     places = {piece.name: {"saved_offsets": list(piece.offsets)} for piece in content}
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}
+    # One entry only: safetensors writes several in any order, and equal runs write equal files.
+    metadata = {"DCP_SHARDING_INFO": json.dumps(places)} if sharded else {"format": "pt"}
     try:
         save_file(_unshared(own), path, metadata)
     except SafetensorError as error:  # what it says of a disk that refuses has no errno

@@ -48,7 +48,8 @@ def attend(
     if causal or kind in ("frames", "packed"):
         _check(q, k, mask, causal)
     device, dtype = q.device, q.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if on and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     name = serving(device, dtype, q.shape[-1], kind, causal, preferred())

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ranks import training
+from runs import training
 
 from opensora import disk, runtime
 

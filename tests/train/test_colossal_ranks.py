@@ -7,7 +7,7 @@ import colossal_ranks
 import pytest
 import torch
 from colossal_ranks import CASES
-from ranks import training
+from runs import training
 from test_ranks import Outcome, assert_equal_runs, launch
 from train_support import ALONE, ROOT
 

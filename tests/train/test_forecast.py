@@ -196,7 +196,8 @@ def test_every_stage_of_deepspeed_takes_less_than_the_one_before(tmp_path):
     assert sorted(totals, reverse=True) == totals and len(set(totals)) == 4
     parameters = forecast(config, 2, H200, rate=1e12).parameters
     assert peaks[0].weights == 4 * 1.5 * parameters  # what is updated is a copy of half of them
-    assert peaks[0].optimizer == peaks[2].optimizer == 4 * parameters
+    assert peaks[0].optimizer == peaks[2].optimizer
+    assert peaks[0].optimizer == pytest.approx(4 * parameters, rel=1e-2)  # and counters
     assert peaks[3].optimizer == 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import zero
-from ranks import training
+from runs import training
 from test_ranks import CLOSE, Outcome, assert_equal_runs, launch
 from torch.testing import assert_close
 from train_support import ALONE, losses, train_records

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ranks import training
+from runs import training
 from torch import nn
 from train_support import StepLoss, tiny
 
