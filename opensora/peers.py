@@ -170,9 +170,10 @@ class Peers:
             with suppress(RuntimeError, ValueError):
                 answers[0] = question(store)
 
-        self._asking = threading.Thread(target=work, name="ask-store", daemon=True)
-        self._asking.start()
-        self._asking.join(PATIENCE_SECONDS)
+        asking = threading.Thread(target=work, name="ask-store", daemon=True)
+        asking.start()
+        self._asking = asking  # the watchdog's thread asks as well, so it is not joined by this name
+        asking.join(PATIENCE_SECONDS)
         return answers[0]
 
 

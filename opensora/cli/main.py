@@ -63,10 +63,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     and torchrun sees only those that another attempt may mend, because it restarts whatever fails.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = invoke(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # the outcome stands; torchrun may not know it yet
+    try:
+        code = invoke(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # while another one, or another outcome, was being told
+        code = Preempted.exit_code
+    # The outcome stands; torchrun may not know it yet.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     told = tell_launcher(code)
     sys.exit(0 if told and code not in RESTARTABLE else code)
 
