@@ -172,7 +172,7 @@ class Peers:
 
         asking = threading.Thread(target=work, name="ask-store", daemon=True)
         asking.start()
-        self._asking = asking  # the watchdog's thread asks as well, so it is not joined by this name
+        self._asking = asking  # the watchdog's thread may put its own here
         asking.join(PATIENCE_SECONDS)
         return answers[0]
 
