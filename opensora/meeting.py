@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from opensora import interrupts
 from opensora.errors import LostRank, UsageError
 from opensora.peers import Peers, broke_a_connection
 
@@ -41,16 +42,23 @@ def join(device: torch.device, rank: int, world_size: int, timeout: timedelta) -
     interface = interface_of_others() if device.type == "cpu" else None
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    local = announced("LOCAL_WORLD_SIZE", 1)
+    first = rank - announced("LOCAL_RANK", 0)
     try:
         with _deadly(signal.SIGTERM):
+            interrupts.check()
+            store = _meeting_place("ranks", timeout)
+            mine = _meeting_place("peers", timeout)
+            peers = Peers(rank, world_size, mine, range(first, first + local))
+            peers.greet()  # first, so that who comes through below is known to all
             torch.distributed.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=_meeting_place("ranks", timeout),
+                store=store,
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
             )
-            mine = _meeting_place("peers", timeout)
+            return peers
     except Exception as error:
         if not broke_a_connection(error):
             raise
@@ -62,9 +70,6 @@ def join(device: torch.device, rank: int, world_size: int, timeout: timedelta) -
             "MASTER_PORT, and for a firewall between them; GLOO_SOCKET_IFNAME names the network "
             f"interface where several are (now: {os.environ.get('GLOO_SOCKET_IFNAME', 'unset')})"
         ) from error
-    local = announced("LOCAL_WORLD_SIZE", 1)
-    first = rank - announced("LOCAL_RANK", 0)
-    return Peers(rank, world_size, mine, range(first, first + local))
 
 
 @contextmanager

@@ -92,6 +92,11 @@ class Peers:
         self.neighbours = neighbours
         self._asking: threading.Thread | None = None
 
+    def greet(self) -> None:
+        """Tell the others which process this rank is, before it gets anywhere."""
+        clock = time.time()
+        self.tell(Mark(0, 0, "start", clock, 0.0, clock, *this_process()))
+
     def tell(self, mark: Mark) -> bool:
         """Tell the others how far this rank is; returns whether one of them has called a hang."""
 
@@ -217,6 +222,11 @@ def node() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
+
+
+def this_process() -> tuple[str, str, int, str]:
+    """host, node, pid and birth of this process, as a mark has them."""
+    return socket.gethostname(), node(), os.getpid(), birth(os.getpid())
 
 
 def birth(pid: int) -> str:

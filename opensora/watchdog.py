@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from pydantic import Field
 
 from opensora.config import Config
 from opensora.errors import HANG, tell_launcher
-from opensora.peers import Mark, Peers, birth, node
+from opensora.peers import Mark, Peers, this_process
 
 STAGES = ("start", "data", "compute", "update", "validation", "samples", "checkpoint")
 """The parts of a step in their order."""
@@ -75,7 +74,7 @@ class Watchdog:
         self.config, self.peers = config, peers
         self.path = folder / "hang" / f"rank-{peers.rank}.txt"
         self._poll = min(1.0, max(0.05, config.timeout / 20))
-        self._process = (socket.gethostname(), node(), os.getpid(), birth(os.getpid()))
+        self._process = this_process()
         self._main = threading.main_thread().ident
         self._at = (time.monotonic(), 0, "start", config.long_timeout)
         self._forgiven = self._patient_until = 0.0

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from opensora import __version__
+from opensora import __version__, interrupts
 from opensora.cli import checkpoints, data, inspect, run
 from opensora.errors import (
     RESTARTABLE,
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     goes on. Training listens for itself. Under `opensora.cli.launch` the code goes to the launcher,
     and torchrun sees only those that another attempt may mend, because it restarts whatever fails.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.listen()
     try:
         code = invoke(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # while another one, or another outcome, was being told

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from opensora import interrupts
 from opensora.errors import Preempted
 
 
@@ -41,6 +42,7 @@ class Requests:
 @contextmanager
 def listening() -> Iterator[Requests]:
     """Handle the signals inside the block; a second stop signal exits at once with code 75."""
+    interrupts.check()
     requests = Requests()
 
     def on_stop(number: int, frame: object) -> None:
