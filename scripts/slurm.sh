@@ -27,11 +27,11 @@ printf '%q ' "${command[@]}" && echo
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM
 trap 'kill -USR1 "$child" 2>/dev/null || true' USR1 # srun hands it on: save and go on
-code=0
-while kill -0 "$child" 2>/dev/null; do
-    code=0
-    wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` early
+    wait "$child" || true
 done
+code=0
+wait "$child" || code=$?
 if [[ $code -eq 75 ]]; then
     echo "stopped and resumable: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

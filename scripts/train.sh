@@ -37,9 +37,9 @@ printf '%q ' "${command[@]}" && echo
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
 trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
-code=0
 while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` early
-    code=0
-    wait "$child" || code=$?
+    wait "$child" || true
 done
+code=0
+wait "$child" || code=$?
 exit "$code"

@@ -22,6 +22,9 @@ DATA = (
 pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("launch")]
 
 
+TEXT = {"capture_output": True, "text": True}
+
+
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **more}
 
@@ -67,7 +70,11 @@ def stop_in_the_middle(process: subprocess.Popen, output: Path, *, one_rank: boo
         os.kill(max(children(launcher)), signal.SIGTERM)
     else:
         process.send_signal(signal.SIGTERM)
-    return process.communicate(timeout=120)[0]
+    try:
+        return process.communicate(timeout=120)[0]
+    except subprocess.TimeoutExpired as error:
+        family = subprocess.run(["ps", "-eo", "pid,ppid,stat,wchan,etimes,args"], **TEXT).stdout
+        pytest.fail(f"not ended after 120 s\n{error.stdout}\n{family}")
 
 
 def test_a_run_that_is_told_to_stop_ends_with_75_and_goes_on(tmp_path):
