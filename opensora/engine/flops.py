@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -60,16 +61,33 @@ _BY_NAME = {
 """Operators that are there once their package is imported (xformers 0.0.35)."""
 
 
+_repeats = ContextVar("repeats", default=False)
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """Inside it forward work is done once more, because its results were not kept."""
+    before = _repeats.set(True)
+    try:
+        yield
+    finally:
+        _repeats.reset(before)
+
+
 class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of what runs inside it and changes nothing.
 
     torch's own FlopCounterMode takes operators apart, which rounds some of them differently: a
     resumed run, which counts again, would no longer be the uninterrupted one.
+
+    Attributes:
+        total: FLOPs so far.
+        again: those among them of work `repeated` for the backward pass.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.again = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         kwargs = kwargs or {}
@@ -78,7 +96,9 @@ class FlopCounter(TorchDispatchMode):
         formula = flop_registry.get(packet) or _ON_CPU.get(packet) or _BY_NAME.get(str(packet))
         if formula is not None:
             shapes = tree_map(local, (args, kwargs))  # of a shared matrix, this rank's part
-            self.total += formula(*shapes[0], **shapes[1], out_val=result)
+            flops = formula(*shapes[0], **shapes[1], out_val=result)
+            self.total += flops
+            self.again += flops * _repeats.get()
         return result
 
 

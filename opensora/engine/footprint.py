@@ -23,6 +23,8 @@ from opensora.dist.ulysses import SequenceGroups
 from opensora.engine import host
 from opensora.engine.flops import rehearsal
 
+_DEVICE = torch.ops.prim.device.default
+
 
 class LiveMemory(TorchDispatchMode):
     """Bytes of tensors alive at the same time that operators inside it made.
@@ -42,7 +44,13 @@ class LiveMemory(TorchDispatchMode):
         """Begin to look for the peak anew."""
         self.peak, self.host_peak = self.live, self.host
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper that takes longer than what is in it; nothing here is compiled
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        if function is _DEVICE:  # two of three calls
+            return args[0].fake_device
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
@@ -112,6 +120,7 @@ class Footprint:
     Attributes:
         parameters: of the module, trained.
         flops: executed, recomputation included.
+        again: of them, those of recomputation.
         forward, backward: peak bytes of either pass beside the parameters; with full gradients
             where they are kept.
         update: peak bytes of the optimizer's step beside the parameters: gradients, state and what
@@ -129,6 +138,7 @@ class Footprint:
     state: int
     host: int = 0
     host_state: int = 0
+    again: int = 0
 
     @property
     def activations(self) -> int:
@@ -169,7 +179,8 @@ def rehearse(
         forward = memory.peak - before
         memory.reset()
         loss.backward()
-        backward, flops, host_peak = memory.peak - before, counter.total, memory.host_peak
+        backward, host_peak = memory.peak - before, memory.host_peak
+        flops, again = counter.total, counter.again
         del loss
         for parameter in trained:  # what was let go, and what lies before the rehearsed call
             if parameter.grad is None:
@@ -177,7 +188,9 @@ def rehearse(
         update, state, host_state = _update(module, build, memory, before)
     update = update if keeps_gradients else 0
     parameters = sum(p.numel() for p in trained)
-    return Footprint(parameters, flops, forward, backward, update, state, host_peak, host_state)
+    return Footprint(
+        parameters, flops, forward, backward, update, state, host_peak, host_state, again
+    )
 
 
 def _let_go(parameter: Tensor) -> None:

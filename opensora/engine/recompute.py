@@ -6,7 +6,8 @@ has to be kept is moved to the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import (
 
 from opensora.config import Config
 from opensora.engine import tiles
+from opensora.engine.flops import repeated
 from opensora.engine.host import keep_on_host
 from opensora.errors import UsageError
 from opensora.ops.backends import BACKENDS
@@ -127,8 +129,22 @@ def _checkpointed(call: Call, *inputs: Any, context: Call | None = None) -> Any:
     """Keep the inputs only. Nothing in a block draws random numbers, so no state is stashed."""
     if not torch.is_grad_enabled():
         return call(*inputs)
+    if not torch.compiler.is_compiling():
+        context = partial(_contexts, context)
     options = {} if context is None else {"context_fn": context}
     return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _contexts(context: Call | None) -> tuple[Any, Any]:
+    """Contexts of the forward pass and of its repetition."""
+    first, again = context() if context is not None else (nullcontext(), nullcontext())
+    return first, _both(repeated(), again)
+
+
+@contextmanager
+def _both(outer: Any, inner: Any) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _saving_attention() -> Any:

@@ -9,6 +9,7 @@ between them is plain, and what is not cut every rank does in full and alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -109,6 +110,43 @@ def check(config: Config, degree: int) -> None:
     for name, count in DEALT[type(config)](config).items():
         if count % degree:
             raise ValueError(f"parallel.tp={degree} does not divide the model's {name}, {count}")
+
+
+def imagine(model: nn.Module, degree: int) -> None:
+    """Cut a model that has no data as `apply` does, down to what one of `degree` ranks has of it.
+
+    What ranks would send has its shape and nothing else.
+    """
+    if degree == 1:
+        return
+    plan = next(plan for kind, plan in PLANS.items() if isinstance(model, kind))
+    for pattern, style in plan(model).items():
+        path, _, name = pattern.rpartition(".")
+        for parent, module in model.named_modules():
+            if fnmatch(parent, path) and isinstance(
+                layer := getattr(module, name, None), nn.Linear
+            ):
+                setattr(module, name, _narrowed(layer, style, degree))
+
+
+def _narrowed(layer: nn.Linear, style: ParallelStyle, degree: int) -> nn.Module:
+    """A rank's part of a layer; a bias that is added to a sum is whole on every rank."""
+    if isinstance(style, RowwiseParallel):
+        return nn.Linear(layer.in_features // degree, layer.out_features)
+    part = nn.Linear(layer.in_features, layer.out_features // degree)
+    assert isinstance(style, ColwiseParallel)
+    return _Gathered(part, degree) if style.output_layouts[0].is_replicate() else part
+
+
+class _Gathered(nn.Module):
+    """A layer's part whose outputs ranks put together."""
+
+    def __init__(self, part: nn.Linear, degree: int):
+        super().__init__()
+        self.part, self.degree = part, degree
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.part(x)] * self.degree, dim=-1)
 
 
 def apply(model: nn.Module, mesh: Mesh) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.engine import compiling
+from opensora.engine.flops import repeated
 from opensora.ops.pieces import Divisible, Stage
 
 Call = Callable[..., Any]
@@ -97,7 +98,8 @@ class _Work:
     def backward(self, x: Tensor, gradient: Tensor, sums: _Sums) -> Tensor:
         """The gradient of x; those of what `sums` is about are added up there."""
         for last in range(len(self.stages) - 1, -1, -1):
-            entered = self.forward(x, self.stages[:last])
+            with repeated():
+                entered = self.forward(x, self.stages[:last])
             gradient = self._stage_backward(self.stages[last], entered, gradient, sums)
         return gradient
 
@@ -105,7 +107,7 @@ class _Work:
         found = torch.empty_like(x)
         for piece in stage:
             part = x[piece.index].detach().requires_grad_()
-            with torch.enable_grad(), self.autocast(), compiling.in_training():
+            with torch.enable_grad(), self.autocast(), compiling.in_training(), repeated():
                 out = piece.run(part, *self.others)
             inputs = [part, *sums.leaves]
             first, *rest = torch.autograd.grad(

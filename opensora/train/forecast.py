@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opensora import zoo
 from opensora.data.buckets import Bucket, levels
 from opensora.dist.mesh import Layout, resolve
-from opensora.engine import engines, planner, recompute
+from opensora.engine import engines, planner, recompute, tensor
 from opensora.engine.engines import shards
 from opensora.engine.footprint import Footprint, ImaginedMesh, rehearse
 from opensora.engine.fsdp import FsdpConfig
@@ -91,12 +91,10 @@ def forecast(config: TrainConfig, ranks: int, target: Device, *, rate: float) ->
     """
     if not isinstance(config.task, TextToVideoConfig):
         raise UsageError("opensora plan knows the task text_to_video only; a VAE is small")
-    if config.parallel.tp > 1:
-        raise UsageError("opensora plan does not know parallel.tp yet; plan with parallel.tp=1")
     buckets = _largest(config)
     needs = [need_of(config, ranks, bucket, target) for bucket in buckets]
     rows = [_row(config, *pair, rate) for pair in zip(needs, buckets, strict=True)]
-    return Forecast(needs[0].share.layout, needs[0].footprint.parameters, tuple(rows))
+    return Forecast(needs[0].share.layout, num_parameters(config.task), tuple(rows))
 
 
 def _largest(config: TrainConfig) -> list[Bucket]:
@@ -155,7 +153,7 @@ def need_of(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) -> 
         UsageError: as `share_of`.
     """
     share = share_of(config, ranks, bucket)
-    footprint = _at_depth(config, share, bucket, config.recompute)
+    footprint = _at_depth(config, share, bucket)
     return Need(share, footprint, memory_of(config, share.layout, footprint, target))
 
 
@@ -163,7 +161,7 @@ def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target:
     """A rank's memory, given what its step takes."""
     task = config.task
     assert isinstance(task, TextToVideoConfig)
-    units = block_parameters(task)
+    units = block_parameters(task, layout.tp)
     bf16 = isinstance(config.engine, FsdpConfig) and config.engine.gather_dtype == "bf16"
     used = planner.memory(
         footprint,
@@ -181,23 +179,26 @@ def memory_of(config: TrainConfig, layout: Layout, footprint: Footprint, target:
 
 def _row(config: TrainConfig, need: Need, bucket: Bucket, rate: float) -> Row:
     assert isinstance(config.task, TextToVideoConfig)
-    share, plain = need.share, _at_depth(config, need.share, bucket, RecomputeConfig())
-    times = (
-        bucket.batch_size * share.degree / share.clips
-    )  # passes of a rank's size, over all ranks
-    flops = need.footprint.flops * times
-    seconds = flops / (rate * share.layout.world_size)
-    return Row(bucket, share.degree, share.clips, need.memory, plain.flops * times, flops, seconds)
+    share, took = need.share, need.footprint
+    # Passes of a rank's size, over all ranks.
+    times = bucket.batch_size * share.degree * share.layout.tp / share.clips
+    plain = took.flops - took.again
+    if config.recompute.tiles > 1:  # what tiles have in common, each of them does
+        whole = config.model_copy(update={"recompute": RecomputeConfig()})
+        plain = _at_depth(whole, share, bucket).flops
+    seconds = took.flops * times / (rate * share.layout.world_size)
+    flops = {"model_flops": plain * times, "flops": took.flops * times}
+    return Row(bucket, share.degree, share.clips, need.memory, seconds=seconds, **flops)
 
 
-def _at_depth(
-    config: TrainConfig, share: Share, bucket: Bucket, saving: RecomputeConfig
-) -> Footprint:
-    task, layout, degree, clips = config.task, share.layout, share.degree, share.clips
+def _at_depth(config: TrainConfig, share: Share, bucket: Bucket) -> Footprint:
+    task, saving = config.task, config.recompute
+    layout, degree, clips = share.layout, share.degree, share.clips
     assert isinstance(task, TextToVideoConfig)
 
     def at(depths: dict[str, int]) -> Footprint:
-        sizes = (*depths.values(), layout.ring, layout.ulysses, degree, clips, TEXT_TOKENS)
+        shared = (layout.ring, layout.ulysses, layout.tp, degree)
+        sizes = (*depths.values(), *shared, clips, TEXT_TOKENS)
         key = (sizes, bucket, *choices)
         if key not in _REHEARSED:
             _REHEARSED[key] = rehearsed(depths)
@@ -236,6 +237,7 @@ def loss_of(
     """The task and its loss on a micro-batch of a bucket, built where tensors have no data."""
     vae = zoo.build_vae(config.vae or zoo.VAEConfig()).requires_grad_(False)
     task = TextToVideo(config, vae=vae, text=_text(config), seed=0)
+    tensor.imagine(task.model, layout.tp)
     recompute.apply(task.model, saving)
     if layout.sequence > 1:
         task.sequence = SequenceParallel(ImaginedMesh(layout))  # type: ignore[arg-type]
@@ -262,10 +264,19 @@ def _text(config: TextToVideoConfig) -> Any:
     return SimpleNamespace(trainable=False, pooled_channels=config.model.pooled_channels, **widths)
 
 
-def block_parameters(config: TextToVideoConfig) -> list[int]:
-    """Parameters of every block."""
+def num_parameters(config: TextToVideoConfig) -> int:
+    """Trained parameters, exactly."""
+    with torch.device("meta"):
+        vae = zoo.build_vae(config.vae or zoo.VAEConfig()).requires_grad_(False)
+        task = TextToVideo(config, vae=vae, text=_text(config), seed=0)
+    return sum(p.numel() for p in task.parameters() if p.requires_grad)
+
+
+def block_parameters(config: TextToVideoConfig, degree: int = 1) -> list[int]:
+    """Parameters of every block that one of `degree` ranks has, which share the layers."""
     with torch.device("meta"):
         model = zoo.DENOISERS[config.model.kind](config.model, in_channels=1)
+        tensor.imagine(model, degree)
     return [sum(p.numel() for p in block.parameters()) for block in model.blocks]
 
 

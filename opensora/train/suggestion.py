@@ -97,11 +97,12 @@ def at_least(config: TrainConfig, ranks: int, bucket: Bucket, target: Device) ->
     """A lower bound of a rank's memory, found without a rehearsal."""
     task, saving, share = config.task, config.recompute, share_of(config, ranks, bucket)
     assert isinstance(task, TextToVideoConfig)
-    units = block_parameters(task)
+    units = block_parameters(task, share.layout.tp)
     blocks, parameters = len(units), sum(units)
     tokens = share.clips * bucket.num_tokens / share.degree
     residual = tokens * task.model.width * (4 if config.precision == "fp32" else 2)
-    kept = 0.0 if saving.offload else KEPT[saving.policy] * blocks * residual
+    kept = KEPT[saving.policy] * blocks * residual / share.layout.tp
+    kept = 0.0 if saving.offload else kept
     moments = (
         0 if config.optim.offload else parameters * (config.optim.kind == "adamw") + parameters
     )

@@ -79,6 +79,20 @@ def test_a_rank_holds_its_part_of_every_matrix(two):
     assert [rank["held"] for rank in two] == [(whole - replicated) // 2 + replicated] * 2
 
 
+@pytest.mark.dist
+def test_a_plan_imagines_what_a_rank_holds_and_does(two):
+    """The plan's own way of cutting a model, on tensors without data."""
+    with torch.device("meta"):
+        blocks = tensor_ranks.build(depth=0)
+        tensor.imagine(blocks, 2)
+    held = sum(p.numel() for p in blocks.single_blocks.parameters())
+    assert [rank["held"] for rank in two] == [held] * 2
+    model = tensor_ranks.build()
+    tensor.imagine(model, 2)
+    flops = tensor_ranks.work(model.double())[3]
+    assert [rank["found"]["none"][3] for rank in two] == [flops] * 2
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

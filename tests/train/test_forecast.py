@@ -70,6 +70,18 @@ def test_depth_beyond_three_follows_from_two_and_three(policy, tmp_path):
     assert quick.rows[0].memory.activations == pytest.approx(whole.activations, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "saving",
+    ["policy: block", "policy: block, tiles: 2", "policy: pair, tiles: 3", "policy: selective"],
+)
+def test_what_is_computed_again_is_no_work_of_the_model(saving, tmp_path):
+    plain = forecast(planned(tmp_path, LARGER), 1, H200, rate=1e12).rows[0]
+    config = planned(tmp_path, LARGER, f"recompute={{{saving}}}")
+    (row,) = forecast(config, 1, H200, rate=1e12).rows
+    assert plain.model_flops == plain.flops == row.model_flops
+    assert 1.1 * plain.flops < row.flops < 1.6 * plain.flops
+
+
 def test_so_does_an_mmdit_of_which_both_kinds_of_blocks_are_deep(tmp_path):
     depths = ["task.model.depth=7", "task.model.single_depth=12"]
     config = tiny("mmdit", tmp_path, LARGER, "recompute.policy=pair", *depths)
@@ -184,6 +196,17 @@ def test_shared_clips_and_sharded_parameters_take_less(tmp_path):
     assert shared.degree == 2
     # Levels and text are embedded on both, tokens on one.
     assert alone.model_flops <= shared.model_flops < 2 * alone.model_flops
+
+
+def test_shared_layers_take_less_and_parameters_are_counted_once(tmp_path):
+    mmdit = partial(tiny, "mmdit", tmp_path, LARGER, "recompute.policy=block")
+    alone = forecast(mmdit(), 1, H200, rate=1e12)
+    shared = forecast(mmdit("parallel.tp=2"), 2, H200, rate=1e12)
+    assert shared.parameters == alone.parameters
+    weights = shared.peak.memory.weights / alone.peak.memory.weights
+    assert 0.5 < weights < 0.7
+    assert 0.3 < shared.peak.memory.activations / alone.peak.memory.activations < 1
+    assert alone.peak.model_flops <= shared.peak.model_flops < 1.3 * alone.peak.model_flops
 
 
 def test_every_stage_of_deepspeed_takes_less_than_the_one_before(tmp_path):
