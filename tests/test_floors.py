@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "opensora"
 
 FLOORS: list[set[str]] = [
-    {"config", "errors", "types", "runtime", "meeting", "peers", "watchdog"}
+    {"config", "errors", "types", "runtime", "interrupts", "meeting", "peers", "watchdog"}
     | {"store", "digests", "disk"},
     {"dist"},
     {"ops", "media"},
