@@ -18,7 +18,7 @@ from opensora.errors import UsageError
 from opensora.models.mmdit import MMDiT, MMDiTConfig
 from opensora.models.stdit import STDiT, STDiTConfig
 from opensora.text import encoders
-from opensora.text.encoders import AnyTextEncoder, TextConfig
+from opensora.text.encoders import AnyTextEncoder, TextConfig, TextEncoder
 from opensora.text.words import WordsConfig
 from opensora.vae.causal import CausalVAE, CausalVAEConfig
 
@@ -54,7 +54,7 @@ def build_text(config: TextConfig) -> AnyTextEncoder:
     return encoders.build(config)
 
 
-def build_denoiser(config: DenoiserConfig, *, vae: CausalVAE, text: AnyTextEncoder) -> Denoiser:
+def build_denoiser(config: DenoiserConfig, *, vae: CausalVAE, text: TextEncoder) -> Denoiser:
     """The denoiser for the latents of `vae` and the conditions of `text`.
 
     Raises:

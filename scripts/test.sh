@@ -14,5 +14,6 @@ if [[ ${1:-} == --slow ]]; then
 fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pyright opensora
+# Named, or pyright looks for packages in whatever python comes first on the PATH.
+"$python" -m pyright --pythonpath "$python" opensora
 exec "$python" -m pytest -m "$marks" -n "${OPENSORA_TEST_PROCESSES:-2}" --dist loadgroup "$@"

@@ -203,7 +203,7 @@ def batch_memory(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape)
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-    return torch.empty(0).set_(storage, 0, shape)
+    return torch.empty(0).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue]
 
 
 class ClipDataset(Dataset[VideoBatch]):

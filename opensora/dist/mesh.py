@@ -179,7 +179,7 @@ class Mesh:
                 group = dist.new_group(ranks)
                 if self.rank in ranks:
                     mine = group
-        assert mine is not None
+        assert isinstance(mine, dist.ProcessGroup)
         return TorchGroup(mine)
 
     def sequence(self, degree: int) -> SequenceGroups:

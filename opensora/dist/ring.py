@@ -159,6 +159,7 @@ class _RingAttention(torch.autograd.Function):
             for o, kv in ring.parts(k, v)
         )
         prefix = (first.shape[1], first, second, {"causal": False, "mask": mask})
+        options: dict[str, Any]
         for seen, keys, values, options in chain([prefix], parts):
             if seen and q.numel():
                 more, more_lse = ring.block.forward(q, keys, values, scale=ring.scale, **options)

@@ -94,7 +94,7 @@ def attend_sharded(
     """
     if causal and text is not None:
         raise ValueError("joint attention with text has no causal order")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     heads = shares(q.shape[2], groups.ulysses_size)
     mine = share(q.shape[2], groups.ulysses_rank, groups.ulysses_size)
     start = groups.ring_rank * groups.ulysses_size
@@ -108,7 +108,7 @@ def attend_sharded(
         sum(lengths[i : i + groups.ulysses_size])
         for i in range(0, len(lengths), groups.ulysses_size)
     ]
-    ring = Ring(groups.ring, tuple(rings), block, causal, scale)
+    ring = Ring(groups.ring, tuple(rings), block, causal, factor)
     num_text = 0
     prefix = None
     if text is not None:
@@ -116,7 +116,7 @@ def attend_sharded(
         text_q, text_k, text_v = (t[:, :, mine] for t in text)  # B S K' d
         q, prefix = torch.cat([text_q, q], dim=1), Prefix(text_k, text_v, mask)
     if whole is not None and groups.ring_size == 1 and q.numel():
-        out = _attend_whole(whole, q, k, v, prefix, causal=causal, scale=scale)
+        out = _attend_whole(whole, q, k, v, prefix, causal=causal, scale=factor)
     else:
         out = ring_attend(q, k, v, ring, prefix=prefix)
     video = exchange(

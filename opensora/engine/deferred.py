@@ -56,7 +56,7 @@ class Recipe:
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             self.wanted.setdefault(_storage(value), []).append((name, value.detach()))
 
-    def pour(self, keep: Callable[[str, Tensor], None]) -> None:
+    def pour(self, keep: Callable[[str, Tensor], object]) -> None:
         """Compute every parameter and buffer as if the model had been built at once.
 
         Args:

@@ -93,7 +93,7 @@ def apply(
             tiles.apply(part, config.tiles)
     keep = _offloaded if config.offload else _plain
     if config.policy == "pair":
-        model.group = lambda call, *inputs: keep(_checkpointed, call, *inputs)
+        model.group = lambda call, *inputs: keep(_checkpointed, call, *inputs)  # pyright: ignore[reportArgumentType]
     elif config.offload:
         for block in blocks:
             block.forward = partial(keep, block.forward)
@@ -131,7 +131,7 @@ def _checkpointed(call: Call, *inputs: Any, context: Call | None = None) -> Any:
         return call(*inputs)
     if not torch.compiler.is_compiling():
         context = partial(_contexts, context)
-    options = {} if context is None else {"context_fn": context}
+    options: dict[str, Any] = {} if context is None else {"context_fn": context}
     return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 

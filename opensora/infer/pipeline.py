@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ from opensora.errors import CheckpointError, UsageError
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
+
+if TYPE_CHECKING:
+    from opensora.text.encoders import AnyTextEncoder
+    from opensora.text.features import CachedEncoder
 
 
 class SamplingConfig(Config):
@@ -78,7 +82,7 @@ class VideoPipeline:
         self,
         *,
         model: nn.Module,
-        text: nn.Module,
+        text: AnyTextEncoder | CachedEncoder,
         vae: CausalVAE,
         config: GeneratorConfig,
         shape: Shape,
@@ -217,7 +221,7 @@ class VideoPipeline:
             return self.model(x, t, condition).float()
 
     def _condition(self, prompts: list[str], shape: Shape) -> Condition:
-        text: Condition = self.text.encode(prompts)
+        text = self.text.encode(prompts)
         count = len(prompts)
         fps = torch.full((count,), shape.fps)
         size = torch.tensor([[shape.height, shape.width]]).float().expand(count, 2)

@@ -52,7 +52,7 @@ class Converter:
         rgb = self._reformatter.reformat(
             frame,
             format="rgba" if alpha else "rgb24",
-            src_colorspace=colour_matrix(frame, self._path),
+            src_colorspace=colour_matrix(frame, self._path),  # pyright: ignore[reportArgumentType]
             src_color_range=colour_range(frame),
             dst_color_range="JPEG",
             interpolation=None if frame.format.name in FAST_FORMATS else self._careful,
@@ -60,7 +60,7 @@ class Converter:
         )
         plane = rgb.planes[0]
         channels = 4 if alpha else 3
-        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
         pixels = rows[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
         return _upright(_on_background(pixels) if alpha else pixels, self._orientation(frame))
 

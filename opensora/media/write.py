@@ -278,7 +278,12 @@ def _palette_graph(width: int, height: int, tick: Fraction) -> Any:
     import av.filter
 
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick)
+    source = graph.add_buffer(
+        width=width,
+        height=height,
+        format="rgb24",  # pyright: ignore[reportArgumentType]
+        time_base=tick,
+    )
     split = graph.add("split")
     palette = graph.add("palettegen", "reserve_transparent=0")
     paint = graph.add("paletteuse", "diff_mode=rectangle")

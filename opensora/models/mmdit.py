@@ -19,7 +19,15 @@ from torch.nn import functional
 
 from opensora.config import Config
 from opensora.ops.attention import attend
-from opensora.ops.layers import Mlp, RMSNorm, ScalarEmbedder, modulate, patchify, unpatchify
+from opensora.ops.layers import (
+    Mlp,
+    RMSNorm,
+    ScalarEmbedder,
+    linears,
+    modulate,
+    patchify,
+    unpatchify,
+)
 from opensora.ops.pieces import Piece, Stage, cuts
 from opensora.ops.positions import rotary_phases, rotate
 from opensora.types import Condition
@@ -273,14 +281,13 @@ class MMDiT(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier weights; modulations and the output start at zero (adaLN-zero, Peebles & Xie
         2023), so that a fresh block hands on what it got."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for linear in linears(self):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         for embedder in (self.t_embedder, self.fps_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+            for linear in linears(embedder):
+                nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linears(self.fps_embedder)[-1].weight)
         for name, module in self.named_modules():
             if name.endswith("mod") and isinstance(module, nn.Linear):
                 nn.init.zeros_(module.weight)

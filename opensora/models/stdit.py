@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opensora.config import Config
 from opensora.models.stdit_blocks import FinalLayer, Places, STDiTBlock
-from opensora.ops.layers import Mlp, ScalarEmbedder, patchify, unpatchify
+from opensora.ops.layers import Mlp, ScalarEmbedder, linears, patchify, unpatchify
 from opensora.ops.positions import rotary_phases, sincos_2d, sinusoid
 from opensora.types import Condition
 
@@ -136,20 +136,19 @@ class STDiT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier weights; the residual branches of temporal blocks and the output start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for embedder in (self.t_embedder, self.fps_embedder):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
-        nn.init.normal_(self.t_block[1].weight, std=0.02)
-        for block in (*self.spatial_blocks, *self.temporal_blocks):
-            nn.init.zeros_(block.cross_attn.proj.weight)
-        for block in self.temporal_blocks:
-            nn.init.zeros_(block.attn.proj.weight)
-            nn.init.zeros_(block.mlp.fc2.weight)
+        for linear in linears(self):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for part in (self.t_embedder, self.fps_embedder, self.t_block):
+            for linear in linears(part):
+                nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linears(self.fps_embedder)[-1].weight)
+        for block in self.modules():
+            if isinstance(block, STDiTBlock):
+                nn.init.zeros_(block.cross_attn.proj.weight)
+                if block.temporal:
+                    nn.init.zeros_(block.attn.proj.weight)
+                    nn.init.zeros_(block.mlp.fc2.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     @property

@@ -39,7 +39,13 @@ class ScalarEmbedder(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         code = sinusoid(values.float() * self.scale, self.frequency_dim)
-        return self.mlp(code.to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].weight.dtype
+        return self.mlp(code.to(dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers in a module, in the order in which it holds them."""
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def normalise(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:

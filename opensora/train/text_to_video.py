@@ -20,6 +20,7 @@ from opensora.engine.flops import FlopCounter, rehearsal
 from opensora.engine.interface import load_weights
 from opensora.engine.sequence import SequenceParallel
 from opensora.errors import CheckpointError, UsageError
+from opensora.text.encoders import AnyTextEncoder
 from opensora.text.features import CachedEncoder
 from opensora.train.tasks import StepLoss, Sums, Task
 from opensora.types import Condition, LatentBatch, VideoBatch, concatenate
@@ -98,7 +99,7 @@ class TextToVideo(Task):
         config: TextToVideoConfig,
         *,
         vae: CausalVAE,
-        text: nn.Module,
+        text: AnyTextEncoder,
         seed: int,
         deferred: bool = False,
     ):
@@ -131,9 +132,9 @@ class TextToVideo(Task):
         return self._frozen["vae"]
 
     @property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> AnyTextEncoder | CachedEncoder:
         """What turns captions into conditions: `text`, or a frozen encoder that remembers."""
-        encoder: nn.Module | None = self._frozen.get("text")
+        encoder: CachedEncoder | None = self._frozen.get("text")
         return self.text if encoder is None else encoder
 
     def latent_identity(self, cached: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,9 @@ class PerceptualDistance(nn.Module):
     picture and summed over the five stages (Zhang et al. 2018, equation 1).
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self):
         super().__init__()
         widths = [3, *(width for stage in VGG_WIDTHS for width in stage)]
