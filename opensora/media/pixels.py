@@ -60,7 +60,8 @@ class Converter:
         )
         plane = rgb.planes[0]
         channels = 4 if alpha else 3
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+        rows = np.frombuffer(plane, np.uint8)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        rows = rows.reshape(plane.height, plane.line_size)
         pixels = rows[:, : plane.width * channels].reshape(plane.height, plane.width, channels)
         return _upright(_on_background(pixels) if alpha else pixels, self._orientation(frame))
 
