@@ -10,6 +10,7 @@ import itertools
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -101,7 +102,8 @@ def answers(
             multiprocessing_context=multiprocessing_context,
             worker_init_fn=_start_worker,
         )
-        iterator = iter(loader)
+        with _blocked():  # a worker that is only beginning would die of them
+            iterator = iter(loader)
     try:
         for answer in iterator:
             if isinstance(answer, OpensoraError):
@@ -128,8 +130,22 @@ def _unchanged(item: Item) -> Item:
     return item
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Processes started inside inherit that stop signals wait; for this one they wait as long."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
     """Leave signals to the parent, which finishes its step; a worker dies with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ from data_support import FakeRead, assign, buckets, make_manifest, part_of, writ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensora.data import loading
 from opensora.data.clips import ClipDataset, ClipReader, ClipsConfig, Quarantine
 from opensora.data.loading import batches
 from opensora.data.plan import Plan
@@ -246,7 +247,13 @@ def test_ranks_and_workers_together_read_the_global_batches(
     assert children() == 0
 
 
-def test_a_dropped_iterator_leaves_no_process_and_signals_leave_workers_alone(tmp_path):
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_a_dropped_iterator_leaves_no_process_and_signals_leave_workers_alone(
+    late, tmp_path, monkeypatch
+):
+    """Also a worker that is only beginning when the signals come."""
+    start = loading._start_worker
+    monkeypatch.setattr(loading, "_start_worker", lambda n: (time.sleep(late * n), start(n)))
     dataset, plan = pipeline(tmp_path, 30, read=FakeRead())
     stream = batches(dataset, plan, num_workers=2)
     first = next(stream)
