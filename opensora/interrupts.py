@@ -24,6 +24,14 @@ def listen() -> None:
     signal.signal(signal.SIGINT, interrupt)
 
 
+def ignore() -> None:
+    """Ignore both signals from now on, where they were listened for: the outcome stands, and
+    torchrun, which may not know it yet, must not change it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is interrupt:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def check() -> None:
     """End here where a signal has come already.
 

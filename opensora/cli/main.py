@@ -6,7 +6,6 @@ refusals are quick.
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Any, NoReturn
 
@@ -67,8 +66,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = invoke(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:  # while another one, or another outcome, was being told
         code = Preempted.exit_code
-    # The outcome stands; torchrun may not know it yet.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    interrupts.ignore()
     told = tell_launcher(code)
     sys.exit(0 if told and code not in RESTARTABLE else code)
 

@@ -5,13 +5,13 @@ What can be refused without torch is refused before torch is imported, which tak
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from opensora import config as configs
+from opensora import interrupts
 from opensora.errors import OpensoraError, UsageError
 
 Overrides = typer.Argument(None, metavar="[KEY=VALUE]...", help="overrides, such as optim.lr=1e-3")
@@ -45,9 +45,7 @@ def train(
     try:
         run(loaded, place, sampler=sampler_for)
     except OpensoraError:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, because this rank or another ends
+        interrupts.ignore()
         raise
     finally:
         place.close()
