@@ -26,7 +26,7 @@ from pydantic import Field
 
 from opensora.config import Config
 from opensora.errors import HANG, tell_launcher
-from opensora.peers import Mark, Peers, this_process
+from opensora.peers import PATIENCE_SECONDS, Mark, Peers, this_process
 
 STAGES = ("start", "data", "compute", "update", "validation", "samples", "checkpoint")
 """The parts of a step in their order."""
@@ -77,19 +77,35 @@ class Watchdog:
         self._process = this_process()
         self._main = threading.main_thread().ident
         self._at = (time.monotonic(), 0, "start", config.long_timeout)
+        self._seen = self._at
         self._forgiven = self._patient_until = 0.0
-        self._ended = threading.Event()
+        self._ended, self._look_now, self._looked = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, step: int, stage: str, *, long: bool = False) -> None:
         """The watched thread gets to a stage of a step, counted from 1.
+
+        Where less time is allowed than before, this waits until the timer in C and the other
+        ranks know: a thread that takes the interpreter's lock next and keeps it would have had the
+        longer time.
 
         Args:
             stage: one of STAGES.
             long: it may take `long_timeout`.
         """
         limit = self.config.long_timeout if long else self.config.timeout
+        shorter = limit < self._at[3]
         self._at = (time.monotonic(), step, stage, limit)
+        if shorter and self._thread.is_alive():
+            self._be_seen()
+
+    def _be_seen(self) -> None:
+        """Have the watching thread look now; a store that does not answer is not waited for."""
+        deadline = time.monotonic() + 2 * PATIENCE_SECONDS
+        self._look_now.set()
+        while self._seen is not self._at and (left := deadline - time.monotonic()) > 0:
+            self._looked.wait(left)
+            self._looked.clear()
 
     def start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,11 +116,12 @@ class Watchdog:
     def _arm(self, remaining: float) -> None:
         """Let C write the stacks and end the process where this thread cannot any more."""
         seconds = remaining + self._poll + _TIMER_SECONDS
-        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file.fileno())
 
     def stop(self) -> None:
         """Watch no more; what was opened for stacks that did not come is removed."""
         self._ended.set()
+        self._look_now.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
@@ -115,11 +132,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         looked, gone_since = time.monotonic(), 0.0
-        while not self._ended.wait(self._poll):
-            now, mark, age = self._look(looked)
+        while not self._wait():
+            at = self._at
+            now, mark, age = self._look(at, looked)
             looked = now
             self._arm(max(0.0, mark.limit - age))
             called = self.peers.tell(mark)
+            self._seen = at
+            self._looked.set()
             if called or (age > mark.limit and not self._awaits_somebody(mark)):
                 self._end_hung(mark)
             if age < _DEAD_SECONDS / 2 or not self.peers.has_lost_a_neighbour():
@@ -129,7 +149,13 @@ class Watchdog:
             elif now - gone_since > _DEAD_SECONDS:
                 self._end_alone()
 
-    def _look(self, looked: float) -> tuple[float, Mark, float]:
+    def _wait(self) -> bool:
+        """Until the next look is due; returns whether none is wanted any more."""
+        self._look_now.wait(self._poll)
+        self._look_now.clear()
+        return self._ended.is_set()
+
+    def _look(self, at: tuple[float, int, str, float], looked: float) -> tuple[float, Mark, float]:
         """Now, where the watched thread is, and for how long.
 
         Time in which this thread itself did not run, because the whole process was stopped, is
@@ -137,7 +163,7 @@ class Watchdog:
         """
         now = time.monotonic()
         late = now - looked - self._poll
-        since, step, stage, limit = self._at
+        since, step, stage, limit = at
         if late > 5 * self._poll + 1:
             self._forgiven = now
         age = now - max(since, self._forgiven)

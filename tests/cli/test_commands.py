@@ -274,7 +274,7 @@ def test_a_reader_that_closes_the_pipe_sees_no_traceback():
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (1, b"")
 
 

@@ -123,7 +123,7 @@ def test_a_rank_that_hangs_in_c_is_named_and_all_ranks_end(tmp_path):
         time.sleep(0.05)
     began = time.time()
     codes = ranks.wait()
-    assert time.time() - began < 4 + 15
+    assert time.time() - began < 4 + 15 + 10  # which a busy machine may take to end processes
     assert codes[0] == 124
     assert re.search(r"no progress for \d+ s, rank 1 is behind: rank 1 at step ", ranks.told(0))
     stacks = [(tmp_path / f"run/hang/rank-{rank}.txt").read_text() for rank in (0, 1)]

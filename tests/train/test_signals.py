@@ -51,7 +51,7 @@ def test_a_second_stop_signal_ends_the_process_at_once_with_75():
         "    time.sleep(30)\n"
         "print('never')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (75, "first\n")
 
 
