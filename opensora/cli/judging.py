@@ -1,7 +1,8 @@
-"""`opensora eval`: a suite on a checkpoint."""
+"""`opensora eval`: a suite on a checkpoint, or on a folder of videos."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,57 @@ from opensora.cli.progress import Stages
 from opensora.engine import checkpoint as checkpoints
 from opensora.errors import UsageError, did_you_mean
 from opensora.evaluate import arena
+from opensora.evaluate.suite import Results, Subject, Suite, groups
 from opensora.infer.pipeline import VideoPipeline
+from opensora.data.folder import SUFFIXES
+from opensora.runtime import Runtime
 
-SUITES = ("arena",)
+SUITES: dict[str, Suite] = {"arena": arena.SUITE}
 
 
 def run(
-    checkpoint: Path,
+    path: Path,
     suite: str,
     settings: dict[str, Any],
     where: str,
     output: Path | None,
     device: str,
 ) -> None:
-    """Run a suite and print its table."""
+    """Run a suite and print its table.
+
+    Args:
+        path: of a checkpoint, or a folder of videos.
+        settings: tree of the suite's config; `where` it came from.
+    """
     if suite not in SUITES:
         raise UsageError(f"--suite {suite} is unknown.{did_you_mean(suite, SUITES)}")
-    config = configs.validate(arena.ArenaConfig, settings, where=where)
+    chosen = SUITES[suite]
+    config = configs.validate(chosen.config, settings, where=where)
     place = runtime.start(device)
-    if place.world_size > 1:
+    try:
+        subject, beside = subject_of(path, place)
+        output = output or beside / "eval" / suite
+        with Stages(visible=place.is_main) as stages:
+            results = chosen.run(subject, config, output, stages.update)
+    finally:
         place.close()
-        raise UsageError("eval runs in one process: call it without torchrun")
-    folder = checkpoints.find(checkpoint)
+    if place.is_main:
+        print_table(results, chosen.columns)
+        print(output / "scores.json")
+
+
+def subject_of(path: Path, place: Runtime) -> tuple[Subject, Path]:
+    """What a user means by a path, and the folder beside which its scores belong.
+
+    Raises:
+        CheckpointError: neither a checkpoint nor a folder with videos.
+    """
+    if path.is_dir() and not checkpoints.committed(path / "checkpoints"):
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+            return Subject(videos=path, place=place), path
+    folder = checkpoints.find(path)
     trained = VideoPipeline.from_pretrained(folder).to(place.device)
-    untrained = fresh(trained).to(place.device)
-    output = output or folder.parent.parent / "eval" / suite
-    with Stages() as stages:
-        scores = arena.run(trained, untrained, config, output, progress=stages.update)
-    print_table(scores)
-    print(output / "scores.json")
+    return Subject(trained, fresh=partial(fresh, trained), place=place), folder.parent.parent
 
 
 def fresh(trained: VideoPipeline) -> VideoPipeline:
@@ -58,18 +81,18 @@ def fresh(trained: VideoPipeline) -> VideoPipeline:
         config=config,
         shape=trained.shape,
         fingerprint="untrained",
-    )
+    ).to(trained.device, trained.dtype)
 
 
-def print_table(scores: dict[str, Any]) -> None:
+def print_table(results: Results, columns: tuple[str, ...] = ()) -> None:
     """Means with their 95 % intervals, a row a group."""
-    metrics = ("colour", "direction", "count", "shape", "binding", "success", "psnr")
-    groups = [name for name in scores if name not in ("targets", "settings")]
+    found = groups(results)
+    metrics = columns or tuple(dict.fromkeys(m for group in found.values() for m in group))
     print(f"{'':24}" + "".join(f"{metric:>20}" for metric in metrics))
-    for group in groups:
+    for name, group in found.items():
         cells = []
         for metric in metrics:
-            value = scores[group].get(metric)
+            value = group.get(metric)
             text = f"{value['mean']:.2f} [{value['low']:.2f} {value['high']:.2f}]" if value else "-"
             cells.append(f"{text:>20}")
-        print(f"{group:24}" + "".join(cells))
+        print(f"{name:24}" + "".join(cells))

@@ -24,13 +24,12 @@ from opensora.arena.truth import Scene
 from opensora.config import Config
 from opensora.disk import replace_file
 from opensora.errors import UsageError
+from opensora.evaluate.suite import Progress, Results, Subject, Suite
 from opensora.infer import samples
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
 from opensora.infer.samples import Job
 from opensora.media.read import read_clip
 from opensora.runtime import generator
-
-Progress = Callable[[str, int, int], None]
 
 TARGETS = {
     "trained": {"colour": 0.95, "direction": 0.95, "count": 0.85, "shape": 0.7},
@@ -64,7 +63,7 @@ def run(
     output: str | Path,
     *,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Draw, judge and write `scores.json`; a stopped call is completed by the same call.
 
     Args:
@@ -222,3 +221,16 @@ def _reconstructions(
         through.append({**row, "psnr": float(-10 * np.log10(max(error, 1e-10)))})
         tell("vae", index + 1, count)
     return truth, through
+
+
+def _run(subject: Subject, config: ArenaConfig, output: Path, progress: Progress) -> Results:
+    if subject.place.world_size > 1:
+        raise UsageError("the suite 'arena' runs in one process: call it without torchrun")
+    trained = subject.model
+    untrained = subject.fresh() if subject.fresh is not None else None
+    return run(trained, untrained, config, output, progress=progress)
+
+
+SUITE = Suite(
+    ArenaConfig, _run, ("colour", "direction", "count", "shape", "binding", "success", "psnr")
+)
