@@ -11,12 +11,12 @@ import torch
 from opensora import config as configs
 from opensora import runtime, zoo
 from opensora.cli.progress import Stages
+from opensora.data.folder import SUFFIXES
 from opensora.engine import checkpoint as checkpoints
 from opensora.errors import UsageError, did_you_mean
 from opensora.evaluate import arena
 from opensora.evaluate.suite import Results, Subject, Suite, groups
 from opensora.infer.pipeline import VideoPipeline
-from opensora.data.folder import SUFFIXES
 from opensora.runtime import Runtime
 
 SUITES: dict[str, Suite] = {"arena": arena.SUITE}
@@ -59,9 +59,9 @@ def subject_of(path: Path, place: Runtime) -> tuple[Subject, Path]:
     Raises:
         CheckpointError: neither a checkpoint nor a folder with videos.
     """
-    if path.is_dir() and not checkpoints.committed(path / "checkpoints"):
-        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
-            return Subject(videos=path, place=place), path
+    videos = path.is_dir() and any(f.suffix.lower() in SUFFIXES for f in path.iterdir())
+    if videos and not checkpoints.committed(path / "checkpoints"):
+        return Subject(videos=path, place=place), path
     folder = checkpoints.find(path)
     trained = VideoPipeline.from_pretrained(folder).to(place.device)
     return Subject(trained, fresh=partial(fresh, trained), place=place), folder.parent.parent

@@ -1,7 +1,7 @@
 """What a suite of evaluation is: something to judge, settings, and scores that are written down.
 
-`scores.json` is what every suite leaves: group -> metric -> {mean, low, high, n} with 95 % bootstrap
-intervals, beside `targets` and `settings`, which are no groups.
+`scores.json` is what every suite leaves: group -> metric -> {mean, low, high, n} with 95 %
+bootstrap intervals, beside `targets` and `settings`, which are no groups.
 """
 
 from __future__ import annotations
