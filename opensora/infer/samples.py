@@ -18,6 +18,7 @@ from typing import Any
 from opensora.errors import DataError, UsageError, did_you_mean
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import safe_name, write_video
+from opensora.runtime import ALONE, Runtime
 
 RECORD_NAME = "samples.jsonl"
 
@@ -79,6 +80,8 @@ def draw(
     batch_size: int = 8,
     suffix: str = ".mp4",
     progress: Callable[[int, int], None] | None = None,
+    name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
+    place: Runtime = ALONE,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
@@ -86,6 +89,9 @@ def draw(
         batch_size: videos at a time; no video depends on it.
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         progress: called with (done, total) before the first and after every batch.
+        name: of a job's file, without the suffix; no two jobs may share one.
+        place: where several ranks are given the same jobs and folder, each draws its share of
+            what is missing, and all of them return all records.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
@@ -99,8 +105,11 @@ def draw(
         "shape": asdict(shape),
         "negative_prompt": negative_prompt,
     }
-    done = _finished(folder, settings, {job.index: job for job in work}, suffix)
+    wanted = {job.index: job for job in work}
+    done = _finished(folder, settings, wanted, suffix)
     missing = [job for job in work if job.index not in done]
+    place.barrier()  # no rank draws before all of them have seen the same folder
+    missing = missing[place.rank :: place.world_size]
     if progress:
         progress(len(done), len(work))
     _mend(folder / RECORD_NAME)
@@ -113,7 +122,7 @@ def draw(
             negative_prompt=negative_prompt,
         )
         for job, video in zip(batch, videos, strict=True):
-            file = safe_name(job.prompt, job.index) + suffix
+            file = name(job) + suffix
             frames = video.frames[:1] if suffix == ".png" else video.frames
             write_video(folder / file, frames, fps=shape.fps)
             record = {"file": file, **asdict(job), **settings}
@@ -122,6 +131,15 @@ def draw(
             done[job.index] = record
         if progress:
             progress(len(done), len(work))
+    if place.world_size > 1:
+        place.barrier()
+        done = _finished(folder, settings, wanted, suffix)
+        absent = [job for job in work if job.index not in done]
+        if absent:
+            raise DataError(
+                f"{folder} lacks {len(absent)} videos that ranks have drawn: all ranks need the "
+                "same file system; the same command draws what is missing"
+            )
     return [done[job.index] for job in work]
 
 

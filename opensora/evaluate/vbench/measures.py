@@ -7,6 +7,7 @@ process is kept.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def flickering(frames: np.ndarray) -> Measured:
     _needs_two(len(frames))
     differences = [
         np.abs(a.astype(np.int16) - b.astype(np.int16)).mean()
-        for a, b in zip(frames[:-1], frames[1:], strict=True)
+        for a, b in itertools.pairwise(frames)
     ]
     return Measured((255.0 - float(np.mean(differences))) / 255.0)
 
@@ -95,23 +96,6 @@ def style(image_features: Tensor, text_features: Tensor, logit_scale: float) -> 
     images, text = normalize(image_features, dim=-1), normalize(text_features, dim=-1)
     logits = images @ text * logit_scale
     return Measured(float((logits / 100).double().mean()), len(logits))
-
-
-def i2v_consistency(features: Tensor, picture: Tensor) -> Measured:
-    """i2v_subject: 0.4 max similarity to the given picture + 0.3 mean + 0.3 min of neighbours.
-
-    The weights were read in vbench2_beta_i2v/i2v_subject.py.
-
-    Args:
-        features: float (F, D), F >= 2; picture: float (D,).
-    """
-    _needs_two(len(features))
-    unit = normalize(features.double(), dim=-1)
-    given = normalize(picture.double(), dim=-1)
-    conform = (unit @ given).clamp_min(0)
-    neighbours = (unit[:-1] * unit[1:]).sum(-1).clamp_min(0)
-    score = 0.4 * conform.max() + 0.3 * neighbours.mean() + 0.3 * neighbours.min()
-    return Measured(float(score))
 
 
 def top_magnitude(flow: Tensor, share: float) -> float:
