@@ -73,7 +73,7 @@ class VBenchConfig(JudgingConfig):
         default=25,
         ge=1,
         le=100,
-        description="videos of each prompt of temporal_flickering; the first five static ones count",
+        description="videos of a prompt of temporal_flickering; its first five static ones count",
     )
     sampling: SamplingConfig = SamplingConfig()
     negative_prompt: str = Field(default="", description="what guidance leads away from")

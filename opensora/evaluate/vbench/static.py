@@ -15,6 +15,7 @@ from typing import Any
 from opensora.errors import DataError, UsageError, did_you_mean
 from opensora.evaluate.vbench import measures
 from opensora.evaluate.vbench.prompts import READ_SAMPLES
+from opensora.evaluate.vbench.raft import SMALLEST_SIDE
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.videos import Video
 from opensora.media.read import read_clip
@@ -48,6 +49,16 @@ def by_flow(tools: Tools) -> Callable[[Video], bool]:
         return measures.is_static(found, len(frames), frames.shape[1:3])
 
     return check
+
+
+def large_enough(videos: Sequence[Video]) -> bool:
+    """Whether the first readable video has a size that RAFT can look at."""
+    for video in videos:
+        try:
+            return min(read_clip(video.path, num_frames=1).frames.shape[1:3]) >= SMALLEST_SIDE
+        except DataError:
+            continue
+    return False
 
 
 def by_list(path: str | Path, videos: Sequence[Video]) -> Callable[[Video], bool]:
@@ -84,12 +95,14 @@ def filtered(
     is_static: Callable[[Video], bool],
     place: Runtime,
     progress: Callable[[int, int], None],
+    *,
+    count: int = READ_SAMPLES,
 ) -> dict[str, list[Video]]:
-    """Prompt -> its static videos; ranks share the prompts."""
+    """Prompt -> its first `count` static videos; ranks share the prompts."""
     mine = list(groups)[place.rank :: place.world_size]
     kept: dict[str, list[Video]] = {}
     for number, prompt in enumerate(mine):
-        kept[prompt] = first_static(groups[prompt], is_static)
+        kept[prompt] = first_static(groups[prompt], is_static, count)
         progress(number + 1, len(mine))
     together: dict[str, list[Video]] = {}
     for part in place.gather_objects(kept):

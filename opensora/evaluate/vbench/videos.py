@@ -85,7 +85,9 @@ def by_prompt(
             else:
                 videos.setdefault(prompt, []).append(Video(folder / found, prompt, sample))
     prompts = {entry.prompt for entry in known}
-    strays = [name for name in names if prompt_of(name)[0] not in prompts or "-" not in name]
+    strays = [
+        name for name in names if prompt_of(name)[0] not in prompts or prompt_of(name)[1] is None
+    ]
     if not videos:
         hint = ""
         if strays:
