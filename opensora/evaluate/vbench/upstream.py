@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -100,6 +101,8 @@ class Upstream:
             raise DataError(f"upstream failed ({last}), see {log}")
         answer = json.loads(fresh.read_text(encoding="utf-8"))
         fresh.unlink()
+        if not math.isfinite(answer[0]):
+            raise DataError(f"upstream found no score ({answer[0]}), see {log}")
         replace_file(result, json.dumps({"key": key, "result": answer}).encode())
         return Delegated(*answer)
 

@@ -1,12 +1,9 @@
 """Drawing: VBench's names, resumable, shared by ranks, every file decoded."""
 
 import json
-import threading
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import torch
 
 from opensora.errors import DataError, UsageError
 from opensora.evaluate.vbench.config import VBenchConfig
@@ -14,10 +11,9 @@ from opensora.evaluate.vbench.generate import draw, jobs, samples_of
 from opensora.evaluate.vbench.prompts import load
 from opensora.infer.samples import RECORD_NAME, read_records
 from opensora.media.read import read_clip
-from opensora.peers import Peers
-from opensora.runtime import Runtime
 
 from .conftest import ENTRIES, Painter, moving
+from .ranks import on_ranks
 
 CONFIG = VBenchConfig(batch_size=2)
 
@@ -116,52 +112,6 @@ def test_other_weights_or_seeds_in_the_folder_are_refused(tmp_path, work):
 def test_odd_sizes_count_as_whole(tmp_path, work):
     painter = Painter(lambda p, s: np.zeros((5, 33, 47, 3), np.uint8), size=(5, 33, 47))
     assert len(draw(painter, work[:2], tmp_path, CONFIG)) == 2
-
-
-class Meeting:
-    """What ranks that are threads share in place of a process group."""
-
-    def __init__(self, size: int):
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.values: dict[int, object] = {}
-
-
-@dataclass(frozen=True)
-class Rank(Runtime):
-    """A rank that is a thread."""
-
-    meeting: Meeting = field(default_factory=lambda: Meeting(1), compare=False)
-
-    def barrier(self) -> None:
-        self.meeting.barrier.wait()
-
-    def gather_objects(self, value):
-        self.meeting.values[self.rank] = value
-        self.barrier()
-        found = [self.meeting.values[rank] for rank in range(self.world_size)]
-        self.barrier()
-        return found
-
-
-def on_ranks(size, run):
-    """run(place) on each of `size` ranks; their answers in rank order."""
-    meeting, answers = Meeting(size), {}
-
-    def one(rank):
-        try:
-            answers[rank] = run(
-                Rank(rank, size, rank, torch.device("cpu"), Peers(), meeting=meeting)
-            )
-        except BaseException as error:
-            meeting.barrier.abort()
-            answers[rank] = error
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [answers[rank] for rank in range(size)]
 
 
 def test_ranks_share_the_work_and_draw_the_same_videos_as_one(tmp_path, work):
