@@ -20,6 +20,7 @@ from opensora.evaluate.suite import Progress, Results, Subject, Suite
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
 from opensora.evaluate.vbench.config import DRAWING, I2VConfig, JudgingConfig, VBenchConfig
 from opensora.evaluate.vbench.dimensions import DIMENSIONS, names
+from opensora.evaluate.vbench.ledger import Ledger
 from opensora.evaluate.vbench.prompts import Entry, Version
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.upstream import Delegated, Upstream
@@ -34,7 +35,7 @@ class Run:
     """One run of a suite, from its settings to its findings.
 
     Attributes:
-        tools: networks of the dimensions that are measured here.
+        tools: networks of the dimensions that are measured here; `ledger` what was measured.
         known: all entries of the prompt file; `entries` those that the dimensions need.
         skipped: dimension -> why it has no score.
         unfiltered: temporal_flickering had no static filter.
@@ -55,6 +56,8 @@ class Run:
         shelf = Shelf(Path(folder).expanduser() if folder else None, self.config.download)
         self.tools = Tools(shelf, self.subject.place.device)
         self.upstream = Upstream(self.config.upstream, self.version)
+        preflight(self.output)
+        self.ledger = Ledger(self.output, shelf)
 
     def stage(self, name: str) -> Any:
         """The progress of one stage, as a callable of (done, total)."""
@@ -94,8 +97,8 @@ def run(
         upstream's dimensions, which the first rank alone waits for.
     """
     one = Run(config, version, subject, Path(output), progress)
+    subject.place.barrier()  # no rank writes into the ledger before all of them have read it
     asked = _dimensions(one)
-    preflight(one.output)
     one.known = prompts.load(version, config.prompts) if config.mode == "standard" else ()
     one.entries = prompts.select(one.known, asked, config.num_prompts)
     folder, collection = _collect(one, asked)
@@ -103,13 +106,9 @@ def run(
     tasks = _tasks(one, asked, collection)
     if "temporal_flickering" in asked:
         _filter(one, tasks)
-    judged = judge.measure(
-        tasks,
-        {name: DIMENSIONS[version][name] for name in here},
-        one.tools,
-        subject.place,
-        one.stage("judging"),
-        with_proxies=config.proxies,
+    table = {name: DIMENSIONS[version][name] for name in here}
+    judged = judge.Judge(table, one.tools, one.ledger, with_proxies=config.proxies).judge(
+        tasks, subject.place, one.stage("judging")
     )
     for name in here:
         if not judged.rows.get(name):
@@ -219,7 +218,7 @@ def _static_check(one: Run, candidates: Sequence[Video]) -> Any:
     lacking = DIMENSIONS[one.version]["dynamic_degree"].lacking(one.tools.shelf)
     if lacking is not None or not static.large_enough(candidates):
         return None
-    return static.by_flow(one.tools)
+    return static.by_flow(one.tools, one.ledger)
 
 
 def _delegate(
