@@ -12,10 +12,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.infer.conditions import Given, Reference
+from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import safe_name, write_video
 
@@ -24,11 +29,30 @@ RECORD_NAME = "samples.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """One video to draw; `index` names its file."""
+    """One video to draw; `index` names its file.
+
+    Attributes:
+        prompt: as it was written; names the file.
+        told: what the model is told, one for each window of a long video; the prompt by default.
+        references: files whose frames are given.
+    """
 
     index: int
     prompt: str
     seed: int
+    told: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the model is told."""
+        return self.told or (self.prompt,)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The job as a line of the record has it; what it does not use is left out."""
+        tree = {key: value for key, value in asdict(self).items() if value != ()}
+        return json.loads(json.dumps(tree))
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -78,6 +102,8 @@ def draw(
     negative_prompt: str = "",
     batch_size: int = 8,
     suffix: str = ".mp4",
+    long: LongConfig | None = None,
+    num_frames: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
@@ -85,6 +111,7 @@ def draw(
     Args:
         batch_size: videos at a time; no video depends on it.
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
+        long: draws videos of `num_frames` in windows of `shape`, one after the other.
         progress: called with (done, total) before the first and after every batch.
 
     Raises:
@@ -99,30 +126,62 @@ def draw(
         "shape": asdict(shape),
         "negative_prompt": negative_prompt,
     }
+    if long is not None:
+        settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
     done = _finished(folder, settings, {job.index: job for job in work}, suffix)
     missing = [job for job in work if job.index not in done]
     if progress:
         progress(len(done), len(work))
     _mend(folder / RECORD_NAME)
-    for batch in _batches(missing, batch_size):
-        videos = pipeline(
-            [job.prompt for job in batch],
-            seeds=[job.seed for job in batch],
-            shape=shape,
-            sampling=sampling,
-            negative_prompt=negative_prompt,
-        )
-        for job, video in zip(batch, videos, strict=True):
+    options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
+    for batch in _batches(missing, 1 if long is not None else batch_size):
+        if long is not None and num_frames is not None:
+            videos = [_long(pipeline, batch[0], long, num_frames, options)]
+        else:
+            given = [_load(job.references, shape.fps) for job in batch]
+            extra = {"given": given} if any(given) else {}
+            prompts, seeds = [job.prompts[0] for job in batch], [job.seed for job in batch]
+            drawn = pipeline(prompts, seeds=seeds, **options, **extra)
+            videos = [video.frames for video in drawn]
+        for job, frames in zip(batch, videos, strict=True):
             file = safe_name(job.prompt, job.index) + suffix
-            frames = video.frames[:1] if suffix == ".png" else video.frames
-            write_video(folder / file, frames, fps=shape.fps)
-            record = {"file": file, **asdict(job), **settings}
+            write_video(
+                folder / file, islice(frames, 1) if suffix == ".png" else frames, fps=shape.fps
+            )
+            record = {"file": file, **job.record, **settings}
             with open(folder / RECORD_NAME, "a", encoding="utf-8") as log:
                 log.write(json.dumps(record, ensure_ascii=False) + "\n")
             done[job.index] = record
         if progress:
             progress(len(done), len(work))
     return [done[job.index] for job in work]
+
+
+def _load(references: Sequence[Reference], fps: float, window: int = 0) -> list[Given]:
+    return [reference.load(fps=fps) for reference in references if reference.window == window]
+
+
+def _long(
+    pipeline: VideoPipeline,
+    job: Job,
+    long: LongConfig,
+    num_frames: int,
+    options: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """The frames of a long video, each as soon as it is known."""
+    last = max((reference.window for reference in job.references), default=-1)
+    fps = options["shape"].fps
+    given = [_load(job.references, fps, window) for window in range(last + 1)]
+    pieces = stream(
+        pipeline,
+        job.prompts,
+        num_frames=num_frames,
+        seed=job.seed,
+        long=long,
+        given=given,
+        **options,
+    )
+    return chain.from_iterable(pieces)
 
 
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
@@ -148,8 +207,8 @@ def _finished(
         if Path(record["file"]).suffix != suffix:
             differing.append("format")
         job = wanted.get(record["index"])
-        if job is not None and (record["prompt"], record["seed"]) != (job.prompt, job.seed):
-            differing.append("prompt or seed")
+        if job is not None and any(record.get(key) != value for key, value in job.record.items()):
+            differing.append("prompt, seed or given frames")
         if differing:
             raise UsageError(
                 f"{folder} holds samples drawn differently ({', '.join(differing)}): choose "
