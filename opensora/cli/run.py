@@ -74,10 +74,33 @@ def sample(
     rescale: float = typer.Option(0.0, min=0, max=1, help="guidance rescale"),
     sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m or ddim"),
     negative: str = typer.Option("", help="negative prompt"),
+    settings: list[str] = typer.Option(
+        None, "--set", metavar="KEY=VALUE", help="any key of the sampling config"
+    ),
+    guide_with: Path = typer.Option(None, help="worse checkpoint to guide away from"),
+    first: Path = typer.Option(None, help="picture or video that it begins with"),
+    last: Path = typer.Option(None, help="picture or video that it ends with"),
+    given: int = typer.Option(None, min=1, help="frames given of a video"),
+    loop: bool = typer.Option(False, "--loop", help="end with the first picture"),
+    keyframe: list[Path] = typer.Option(None, help="pictures to pass, in order"),
+    edit: Path = typer.Option(None, help="video to change"),
+    strength: float = typer.Option(0.6, min=0.01, max=1, help="how much to change it"),
+    picture_first: bool = typer.Option(
+        False, "--picture-first", help="draw a picture, then the video from it"
+    ),
+    reference: str = typer.Option("", help="files for --mask-strategy, a;b"),
+    mask_strategy: str = typer.Option("", help="Open-Sora's, such as 0;0,1,0,-1,1"),
     frames: int = typer.Option(None, min=1, help="frames; as trained by default"),
     height: int = typer.Option(None, min=8, help="pixels"),
     width: int = typer.Option(None, min=8, help="pixels"),
+    resolution: str = typer.Option(None, help="such as 240p, 256px"),
+    aspect: str = typer.Option(None, help="width:height, such as 16:9"),
     fps: float = typer.Option(None, min=0.01, help="frames per second"),
+    long: str = typer.Option(None, help="windows or pyramid: any number of --frames"),
+    overlap: int = typer.Option(2, min=1, help="latent frames that windows share"),
+    aesthetic: float = typer.Option(None, help="aesthetic score said in the prompt"),
+    motion: float = typer.Option(None, help="motion score said in the prompt"),
+    camera: str = typer.Option(None, help="camera motion said in the prompt"),
     batch_size: int = typer.Option(8, min=1, help="videos at a time; changes no video"),
     format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
@@ -88,30 +111,20 @@ def sample(
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
-    from opensora.cli.sampling import draw
+    from opensora.cli.asked import Frames, Size, Words
+    from opensora.cli.sampling import Asked, draw
 
-    sampling = {
-        "sampler": sampler,
-        "schedule": {"num_steps": steps},
-        "guidance": {"scale": guidance, "rescale": rescale},
-    }
-    shape = {"num_frames": frames, "height": height, "width": width, "fps": fps}
-    draw(
-        checkpoint,
-        texts,
-        file=file,
-        output=output,
-        seed=seed,
-        per_prompt=per_prompt,
-        sampling=sampling,
-        shape={key: value for key, value in shape.items() if value is not None},
-        negative_prompt=negative,
-        batch_size=batch_size,
-        suffix=f".{format.lstrip('.')}",
-        averaged=not raw_weights,
-        device=device,
-        attention=attention,
-    )
+    guided = {"scale": guidance, "rescale": rescale}
+    asked = Asked(
+        Words(texts, file, reference, mask_strategy, aesthetic, motion, camera),
+        Frames(first, last, given, keyframe or (), edit, strength, loop, picture_first),
+        Size(frames, height, width, fps, resolution, aspect),
+        output, seed, per_prompt,
+        {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
+        negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
+        settings or [], long, overlap, guide_with,
+    )  # fmt: skip
+    draw(checkpoint, asked)
 
 
 def evaluate(

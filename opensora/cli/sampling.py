@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from opensora import config as configs
 from opensora import runtime
+from opensora.cli.asked import Frames, Size, Words, jobs_of
 from opensora.cli.progress import Stages
 from opensora.diffusion.guidance import GuidanceConfig
 from opensora.diffusion.schedule import FullSequenceConfig
 from opensora.errors import UsageError, did_you_mean
 from opensora.infer import samples
+from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import FORMATS
 from opensora.ops.backends import AttentionChoice
@@ -23,54 +25,99 @@ from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo
 from opensora.train.trainer import Sampler
 
+LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
-def draw(
-    checkpoint: Path,
-    prompts: list[str],
-    *,
-    file: Path | None,
-    output: Path,
-    seed: int,
-    per_prompt: int,
-    sampling: dict[str, Any],
-    shape: dict[str, Any],
-    negative_prompt: str,
-    batch_size: int,
-    suffix: str,
-    averaged: bool,
-    device: str,
-    attention: str,
-) -> None:
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call of `opensora sample` asks for, beside the checkpoint.
+
+    Attributes:
+        words: prompts, and what is added to them.
+        frames: that are given.
+        size: of the videos.
+        sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
+        long: kind of long video, or None; `overlap` of its windows in latent frames.
+        suffix: the format.
+        weaker: checkpoint to guide away from.
+    """
+
+    words: Words
+    frames: Frames
+    size: Size
+    output: Path
+    seed: int
+    per_prompt: int
+    sampling: dict[str, Any]
+    negative_prompt: str
+    batch_size: int
+    suffix: str
+    averaged: bool
+    device: str
+    attention: str
+    settings: list[str] = field(default_factory=list)
+    long: str | None = None
+    overlap: int = 2
+    weaker: Path | None = None
+
+
+def draw(checkpoint: Path, asked: Asked) -> None:
     """What `opensora sample` does."""
-    if suffix not in FORMATS:
-        formats = [f.lstrip(".") for f in FORMATS]
-        raise UsageError(f"--format {suffix[1:]} is unknown.{did_you_mean(suffix[1:], formats)}")
-    if attention not in (choices := get_args(AttentionChoice)):
-        raise UsageError(f"--attention {attention} is unknown.{did_you_mean(attention, choices)}")
-    settings = configs.validate(SamplingConfig, sampling, where="sample")
-    texts = samples.read_prompts(file) if file is not None else prompts
-    place = runtime.start(device)
+    settings = _checked(asked)
+    lines = asked.words.read()
+    place = runtime.start(asked.device)
     try:
-        pipeline = VideoPipeline.from_pretrained(checkpoint, averaged=averaged).to(place.device)
+        load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
+        pipeline = load(checkpoint).to(place.device)
+        if asked.weaker is not None:
+            pipeline.weaker = load(asked.weaker).to(place.device)
         model = pipeline.config.model
-        select(attention, place.device, pipeline.dtype, model.width // model.num_heads)
-        work = samples.jobs(texts, seed=seed, per_prompt=per_prompt)
+        select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
+        shape = asked.size.shape(pipeline)
+        total = shape.num_frames
+        long = None
+        if asked.long is not None:
+            known = {"overlap": asked.overlap} if asked.long == "windows" else {}
+            long = configs.validate(LONG[asked.long], known, where="--long")
+            shape = replace(shape, num_frames=pipeline.shape.num_frames)
+        latents = pipeline.latent_shape(shape)[1]
+        work = jobs_of(
+            lines, asked.frames, seed=asked.seed, per_prompt=asked.per_prompt, latents=latents,
+            stride=pipeline.vae.stride[0],
+        )  # fmt: skip
         with Stages(visible=place.is_main) as stages:
             records = samples.draw(
                 pipeline,
                 work[place.rank :: place.world_size],
-                output,
+                asked.output,
                 sampling=settings,
-                shape=replace(pipeline.shape, **shape),
-                negative_prompt=negative_prompt,
-                batch_size=batch_size,
-                suffix=suffix,
+                shape=shape,
+                negative_prompt=asked.negative_prompt,
+                batch_size=asked.batch_size,
+                suffix=asked.suffix,
+                long=long,
+                num_frames=total,
+                picture_first=asked.frames.drawn,
                 progress=partial(stages.update, "sampling"),
             )
     finally:
         place.close()
     for record in records:
-        print(output / record["file"])
+        print(asked.output / record["file"])
+
+
+def _checked(asked: Asked) -> SamplingConfig:
+    """The settings of sampling; what can be refused before a checkpoint is read is refused here."""
+    for name, value, choices in (
+        ("format", asked.suffix.lstrip("."), [f.lstrip(".") for f in FORMATS]),
+        ("attention", asked.attention, get_args(AttentionChoice)),
+        ("long", asked.long, (None, *LONG)),
+    ):
+        if value not in choices:
+            known = [choice for choice in choices if choice]
+            raise UsageError(f"--{name} {value} is unknown.{did_you_mean(str(value), known)}")
+    tree = configs.override(asked.sampling, asked.settings)
+    return configs.validate(SamplingConfig, tree, where="sample")
 
 
 def sampler_for(config: TrainConfig) -> Sampler:

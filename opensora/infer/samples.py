@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def draw(
     suffix: str = ".mp4",
     long: LongConfig | None = None,
     num_frames: int | None = None,
+    picture_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
@@ -112,6 +113,7 @@ def draw(
         batch_size: videos at a time; no video depends on it.
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
+        picture_first: draw a picture from each prompt, then the video that begins with it.
         progress: called with (done, total) before the first and after every batch.
 
     Raises:
@@ -128,6 +130,9 @@ def draw(
     }
     if long is not None:
         settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
+    if picture_first:
+        settings["picture_first"] = True
+    _check(work, long=long is not None, picture_first=picture_first)
     done = _finished(folder, settings, {job.index: job for job in work}, suffix)
     missing = [job for job in work if job.index not in done]
     if progress:
@@ -135,19 +140,14 @@ def draw(
     _mend(folder / RECORD_NAME)
     options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
     for batch in _batches(missing, 1 if long is not None else batch_size):
-        if long is not None and num_frames is not None:
-            videos = [_long(pipeline, batch[0], long, num_frames, options)]
+        if long is not None:
+            videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
         else:
-            given = [_load(job.references, shape.fps) for job in batch]
-            extra = {"given": given} if any(given) else {}
-            prompts, seeds = [job.prompts[0] for job in batch], [job.seed for job in batch]
-            drawn = pipeline(prompts, seeds=seeds, **options, **extra)
-            videos = [video.frames for video in drawn]
+            videos = _short(pipeline, batch, picture_first, options)
         for job, frames in zip(batch, videos, strict=True):
             file = safe_name(job.prompt, job.index) + suffix
-            write_video(
-                folder / file, islice(frames, 1) if suffix == ".png" else frames, fps=shape.fps
-            )
+            shown = islice(frames, 1) if suffix == ".png" else frames
+            write_video(folder / file, shown, fps=shape.fps)
             record = {"file": file, **job.record, **settings}
             with open(folder / RECORD_NAME, "a", encoding="utf-8") as log:
                 log.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -155,6 +155,32 @@ def draw(
         if progress:
             progress(len(done), len(work))
     return [done[job.index] for job in work]
+
+
+def _check(work: Sequence[Job], *, long: bool, picture_first: bool) -> None:
+    """Refuse what would be left out in silence."""
+    for job in work:
+        later = len(job.prompts) > 1 or any(reference.window for reference in job.references)
+        if later and not long:
+            raise UsageError(
+                f"'{job.prompt}' says something of later windows: ask for a long video"
+            )
+        if picture_first and (long or job.references):
+            raise UsageError("a first picture is drawn for short videos without given frames")
+
+
+def _short(
+    pipeline: VideoPipeline, batch: Sequence[Job], picture_first: bool, options: dict[str, Any]
+) -> list[np.ndarray]:
+    """The frames of a batch of videos of the shape's length."""
+    prompts, seeds = [job.prompts[0] for job in batch], [job.seed for job in batch]
+    given = [_load(job.references, options["shape"].fps) for job in batch]
+    if picture_first:
+        still = {**options, "shape": replace(options["shape"], num_frames=1)}
+        given = [[Given(p.frames)] for p in pipeline(prompts, seeds=seeds, **still)]
+    if any(given):
+        options = {**options, "given": given}
+    return [video.frames for video in pipeline(prompts, seeds=seeds, **options)]
 
 
 def _load(references: Sequence[Reference], fps: float, window: int = 0) -> list[Given]:
@@ -172,15 +198,8 @@ def _long(
     last = max((reference.window for reference in job.references), default=-1)
     fps = options["shape"].fps
     given = [_load(job.references, fps, window) for window in range(last + 1)]
-    pieces = stream(
-        pipeline,
-        job.prompts,
-        num_frames=num_frames,
-        seed=job.seed,
-        long=long,
-        given=given,
-        **options,
-    )
+    options = {**options, "seed": job.seed, "given": given}
+    pieces = stream(pipeline, job.prompts, num_frames=num_frames, long=long, **options)
     return chain.from_iterable(pieces)
 
 
@@ -208,7 +227,7 @@ def _finished(
             differing.append("format")
         job = wanted.get(record["index"])
         if job is not None and any(record.get(key) != value for key, value in job.record.items()):
-            differing.append("prompt, seed or given frames")
+            differing.append("prompt or seed, or given frames")
         if differing:
             raise UsageError(
                 f"{folder} holds samples drawn differently ({', '.join(differing)}): choose "
