@@ -72,7 +72,7 @@ def sample(
     steps: int = typer.Option(30, min=1, help="sampling steps"),
     guidance: float = typer.Option(3.0, min=0, help="classifier-free guidance scale; 1 is off"),
     rescale: float = typer.Option(0.0, min=0, max=1, help="guidance rescale"),
-    sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m or ddim"),
+    sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m, ddim, ancestral, renoise"),
     negative: str = typer.Option("", help="negative prompt"),
     settings: list[str] = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="any key of the sampling config"

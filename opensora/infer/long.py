@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -170,9 +171,9 @@ def _pyramid(
     ).float()
     guide = pipeline.guide(prompts[:1], shape, sampling, negative_prompt, lag)
 
-    def noise(chunk: int) -> Tensor:
-        generator = runtime.generator(seed, "sample", chunk)
-        drawn = torch.randn(1, channels, long.chunk, height, width, generator=generator)
+    def noise(chunk: int, *step: int, frames: int = long.chunk) -> Tensor:
+        generator = runtime.generator(seed, "sample", chunk, *step)
+        drawn = torch.randn(1, channels, frames, height, width, generator=generator)
         return drawn.to(pipeline.device)
 
     window = torch.cat([noise(chunk) for chunk in range(min(active, total))], dim=2)
@@ -184,7 +185,9 @@ def _pyramid(
         behind = torch.arange(held).repeat_interleave(long.chunk) * lag
         levels = ladder[(rows[:, None] - behind).clamp(min=0)]
         levels = torch.cat([levels.new_zeros(len(levels), seen), levels], dim=1)
-        x = pipeline.walk(guide, torch.cat([context, window], dim=2), levels, sampling, callback)
+        x = torch.cat([context, window], dim=2)
+        fresh = partial(noise, first, frames=x.shape[2])
+        x = pipeline.walk(guide, x, levels, sampling, callback, fresh)
         context = x[:, :, : seen + long.chunk]
         yield to_uint8(decode(context[:, :, seen:]))[0]
         context = context[:, :, -long.context :]

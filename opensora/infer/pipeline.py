@@ -40,13 +40,16 @@ if TYPE_CHECKING:
 
 Seed = int | torch.Generator
 Callback = Callable[[int, Tensor, Tensor], None]
+Fresh = Callable[[int], Tensor]
 
 
 class SamplingConfig(Config):
     """How a video is drawn."""
 
-    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim"] = Field(
-        default="euler", description="solver"
+    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim", "ancestral", "renoise"] = Field(
+        default="euler",
+        description="solver; ancestral and renoise draw fresh noise, the latter for few-step "
+        "students",
     )
     schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
     guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
@@ -184,9 +187,20 @@ class VideoPipeline:
             if values is not None and len(values) != len(prompts):
                 raise UsageError(f"{len(prompts)} prompts need as many {name}, found {len(values)}")
         latent_shape = self.latent_shape(shape)
-        noise = torch.stack([_noise(latent_shape, seed) for seed in seeds]).to(self.device)
+
+        def noise(*step: int) -> Tensor:
+            drawn = [_noise(latent_shape, seed, *step) for seed in seeds]
+            return torch.stack(drawn).to(self.device)
+
         latents = self.draw_latents(
-            noise, prompts, shape, sampling, negative_prompt, given or [()] * len(prompts), callback
+            noise(),
+            prompts,
+            shape,
+            sampling,
+            negative_prompt,
+            given or [()] * len(prompts),
+            callback,
+            fresh=noise,
         )
         rows = zip(prompts, seeds, to_uint8(self.vae.decode(latents)), strict=True)
         return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
@@ -200,13 +214,18 @@ class VideoPipeline:
         negative_prompt: str = "",
         given: Sequence[Sequence[Given]] = (),
         callback: Callback | None = None,
+        fresh: Fresh | None = None,
     ) -> Tensor:
-        """Latents of videos (B, C, T, H, W) from standard normal noise of the same shape."""
+        """Latents of videos (B, C, T, H, W) from standard normal noise of the same shape.
+
+        Args:
+            fresh: step -> more noise of that shape, for solvers that renew it.
+        """
         total = noise.shape[2]
         if not any(given):
             levels = self.levels(sampling, shape, total)
             guide = self.guide(prompts, shape, sampling, negative_prompt, len(levels) - 1)
-            return self.walk(guide, noise, levels, sampling, callback)
+            return self.walk(guide, noise, levels, sampling, callback, fresh)
         c, t, h, w = noise.shape[1:]
         start = begin(self.vae, given, (c, t, h, w), self.device)
         levels = self.levels(sampling, shape, total, given=start.given)
@@ -219,7 +238,7 @@ class VideoPipeline:
         guide = self.guide(prompts, shape, sampling, negative_prompt, len(levels) - 1, hide=hide)
         first = levels[0].to(noise).expand(len(noise), -1)
         x = self.process.corrupt(start.latents, noise, first)
-        return self.walk(guide, x, levels, sampling, callback)
+        return self.walk(guide, x, levels, sampling, callback, fresh)
 
     def latent_shape(self, shape: Shape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a video.
@@ -297,6 +316,7 @@ class VideoPipeline:
         levels: Tensor,
         sampling: SamplingConfig,
         callback: Callback | None = None,
+        fresh: Fresh | None = None,
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
 
@@ -306,7 +326,7 @@ class VideoPipeline:
                 callback(step, x, data)
 
         sampler = SAMPLERS[sampling.sampler]
-        return sampler(guide, x, levels.to(x), process=self.process, callback=told)
+        return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
@@ -320,9 +340,11 @@ class VideoPipeline:
         return Condition(text.tokens, text.mask, text.pooled, fps, size).to(self.device)
 
 
-def _noise(shape: tuple[int, ...], seed: Seed) -> Tensor:
-    generator = runtime.generator(seed, "sample") if isinstance(seed, int) else seed
-    return torch.randn(shape, generator=generator)
+def _noise(shape: tuple[int, ...], seed: Seed, *step: int) -> Tensor:
+    """Standard normal latents of one sample: those that it starts from, or those of a step."""
+    if isinstance(seed, torch.Generator):
+        return torch.randn(shape, generator=seed)
+    return torch.randn(shape, generator=runtime.generator(seed, "sample", *step))
 
 
 def _number(seed: Seed) -> int:

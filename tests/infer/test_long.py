@@ -107,6 +107,14 @@ def test_a_pyramid_is_the_staircase_schedule_while_it_fits_the_window(pipeline):
     assert np.abs(video.astype(int) - whole.permute(1, 2, 3, 0).numpy()).mean() < 4
 
 
+def test_solvers_with_fresh_noise_draw_long_videos_too(pipeline):
+    sampling = QUICK.model_copy(update={"sampler": "renoise"})
+    for long in (WindowsConfig(), PyramidWindowConfig()):
+        video = np.concatenate(pieces(pipeline, 29, long, sampling=sampling))
+        again = np.concatenate(pieces(pipeline, 29, long, sampling=sampling))
+        assert np.array_equal(video, again)
+
+
 def test_settings_that_leave_nothing_to_draw_are_refused(pipeline):
     for long, told in (
         (WindowsConfig(overlap=5), "so at most one less"),
