@@ -106,8 +106,13 @@ def sample(
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     attention: str = typer.Option("auto", help="auto, or a backend that `opensora doctor` finds"),
+    share: str = typer.Option(
+        "prompts",
+        help="what ranks under torchrun share: prompts, or each video by its sequence, "
+        "guidance, both",
+    ),
 ) -> None:
-    """Draw videos from prompts. Under torchrun the ranks share them."""
+    """Draw videos from prompts. Under torchrun ranks share the prompts, or each video."""
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
@@ -122,7 +127,7 @@ def sample(
         output, seed, per_prompt,
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
-        settings or [], long, overlap, guide_with,
+        settings or [], long, overlap, guide_with, share,
     )  # fmt: skip
     draw(checkpoint, asked)
 

@@ -16,6 +16,7 @@ from opensora.diffusion.schedule import FullSequenceConfig
 from opensora.errors import UsageError, did_you_mean
 from opensora.infer import samples
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig
+from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import FORMATS
 from opensora.ops.backends import AttentionChoice
@@ -40,6 +41,7 @@ class Asked:
         long: kind of long video, or None; `overlap` of its windows in latent frames.
         suffix: the format.
         weaker: checkpoint to guide away from.
+        share: what ranks share.
     """
 
     words: Words
@@ -59,6 +61,7 @@ class Asked:
     long: str | None = None
     overlap: int = 2
     weaker: Path | None = None
+    share: str = "prompts"
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
@@ -85,10 +88,13 @@ def draw(checkpoint: Path, asked: Asked) -> None:
             lines, asked.frames, seed=asked.seed, per_prompt=asked.per_prompt, latents=latents,
             stride=pipeline.vae.stride[0],
         )  # fmt: skip
+        pipeline.team = team_of(asked.share, place, pipeline.model)
+        if pipeline.team is None:
+            work = work[place.rank :: place.world_size]
         with Stages(visible=place.is_main) as stages:
             records = samples.draw(
                 pipeline,
-                work[place.rank :: place.world_size],
+                work,
                 asked.output,
                 sampling=settings,
                 shape=shape,
@@ -98,12 +104,14 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 long=long,
                 num_frames=total,
                 picture_first=asked.frames.drawn,
+                team=place if pipeline.team is not None else None,
                 progress=partial(stages.update, "sampling"),
             )
     finally:
         place.close()
-    for record in records:
-        print(asked.output / record["file"])
+    if pipeline.team is None or place.is_main:
+        for record in records:
+            print(asked.output / record["file"])
 
 
 def _checked(asked: Asked) -> SamplingConfig:
@@ -112,6 +120,7 @@ def _checked(asked: Asked) -> SamplingConfig:
         ("format", asked.suffix.lstrip("."), [f.lstrip(".") for f in FORMATS]),
         ("attention", asked.attention, get_args(AttentionChoice)),
         ("long", asked.long, (None, *LONG)),
+        ("share", asked.share, SHARING),
     ):
         if value not in choices:
             known = [choice for choice in choices if choice]

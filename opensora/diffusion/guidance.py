@@ -8,7 +8,7 @@ of the video and never scales the noise that a velocity contains.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -21,6 +21,8 @@ from opensora.diffusion.process import per_frame
 from opensora.types import Condition, concatenate
 
 PredictData = Callable[[Tensor, Tensor, Condition], Tensor]
+Branch = tuple[Tensor, Tensor, Condition]
+Spread = Callable[[PredictData, Sequence[Branch]], list[Tensor]]
 Hide = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Oscillation = Literal["none", "text", "frames", "both"]
 
@@ -77,6 +79,7 @@ def classifier_free(
     hide: Hide | None = None,
     weaker: PredictData | None = None,
     num_steps: int = 1,
+    spread: Spread | None = None,
     **options: Any,
 ) -> Guide:
     """A `denoise(x, t)` for samplers: uncond + scale (cond - uncond), Ho and Salimans 2022.
@@ -91,6 +94,7 @@ def classifier_free(
         weaker: the data estimate of a worse model, which then takes the place of `uncond` and is
             told what `predict` is told (autoguidance, Karras et al. 2024, arXiv 2406.02507).
         num_steps: of the schedule, for `frames_ramp`.
+        spread: computes the branches in another way, such as on several ranks.
         options: the other keys of `GuidanceConfig`.
 
     Returns:
@@ -109,7 +113,7 @@ def classifier_free(
         raise ValueError(
             f"frames_scale is {config.frames_scale}; it needs hide= and no weaker model"
         )
-    return Guide(predict, cond, uncond, config, hide, weaker, num_steps)
+    return Guide(predict, cond, uncond, config, hide, weaker, num_steps, spread)
 
 
 class Guide:
@@ -136,10 +140,11 @@ class Guide:
         hide: Hide | None,
         weaker: PredictData | None,
         num_steps: int,
+        spread: Spread | None,
     ):
         self.predict, self.cond, self.uncond = predict, cond, uncond
         self.config, self.hide, self.weaker = config, hide, weaker
-        self.num_steps, self.step = num_steps, 0
+        self.num_steps, self.spread, self.step = num_steps, spread, 0
         self._joined: dict[tuple[str, ...], Condition] = {}
 
     def after(self, step: int) -> None:
@@ -186,6 +191,8 @@ class Guide:
             if branch.endswith("blind") and self.hide is not None:
                 shown = self.hide(x, t)
             inputs.append((*shown, self.cond if branch.startswith("told") else self.uncond))
+        if self.spread is not None:
+            return self.spread(self.predict, inputs)
         if not self.config.batched:
             return [self.predict(*one) for one in inputs]
         if branches not in self._joined:

@@ -29,6 +29,7 @@ from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.conditions import Given, begin
+from opensora.infer.parallel import Team
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -88,6 +89,7 @@ class VideoPipeline:
         fingerprint: digest of the weights, for records.
         weaker: a worse one for the same latents, to guide away from (autoguidance); None guides
             away from the null text.
+        team: other ranks that draw the same videos; None draws alone.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class VideoPipeline:
         self.process: Process = objective.build(config.objective)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.weaker: VideoPipeline | None = None
+        self.team: Team | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
@@ -306,6 +309,7 @@ class VideoPipeline:
             hide=hide,
             weaker=weaker,
             num_steps=num_steps,
+            spread=self.team.spread if self.team is not None and self.team.branches else None,
             **sampling.guidance.model_dump(),
         )
 
@@ -330,6 +334,8 @@ class VideoPipeline:
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            if self.team is not None:
+                return self.team.run(self.model, x, t, condition).float()
             return self.model(x, t, condition).float()
 
     def _condition(self, prompts: list[str], shape: Shape) -> Condition:

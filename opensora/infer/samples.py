@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from opensora.infer.conditions import Given, Reference
 from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import safe_name, write_video
+from opensora.runtime import Runtime
 
 RECORD_NAME = "samples.jsonl"
 
@@ -105,6 +107,7 @@ def draw(
     long: LongConfig | None = None,
     num_frames: int | None = None,
     picture_first: bool = False,
+    team: Runtime | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
@@ -114,6 +117,7 @@ def draw(
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
         picture_first: draw a picture from each prompt, then the video that begins with it.
+        team: this rank, where all ranks draw each video together; its first one writes them.
         progress: called with (done, total) before the first and after every batch.
 
     Raises:
@@ -134,10 +138,13 @@ def draw(
         settings["picture_first"] = True
     _check(work, long=long is not None, picture_first=picture_first)
     done = _finished(folder, settings, {job.index: job for job in work}, suffix)
+    if team is not None:
+        done = team.gather_objects(done)[0]  # else one might see a video that another wrote since
     missing = [job for job in work if job.index not in done]
     if progress:
         progress(len(done), len(work))
-    _mend(folder / RECORD_NAME)
+    if team is None or team.is_main:
+        _mend(folder / RECORD_NAME)
     options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
     for batch in _batches(missing, 1 if long is not None else batch_size):
         if long is not None:
@@ -146,15 +153,22 @@ def draw(
             videos = _short(pipeline, batch, picture_first, options)
         for job, frames in zip(batch, videos, strict=True):
             file = safe_name(job.prompt, job.index) + suffix
-            shown = islice(frames, 1) if suffix == ".png" else frames
-            write_video(folder / file, shown, fps=shape.fps)
             record = {"file": file, **job.record, **settings}
-            with open(folder / RECORD_NAME, "a", encoding="utf-8") as log:
-                log.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if team is None or team.is_main:
+                shown = islice(frames, 1) if suffix == ".png" else frames
+                write_video(folder / file, shown, fps=shape.fps)
+                _append(folder / RECORD_NAME, record)
+            else:
+                deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
         if progress:
             progress(len(done), len(work))
     return [done[job.index] for job in work]
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _check(work: Sequence[Job], *, long: bool, picture_first: bool) -> None:

@@ -160,3 +160,33 @@ def test_what_makes_no_sense_is_one_line(run, options, told, tmp_path, capsys):
     assert line.startswith("opensora: ")
     assert told in line
     assert not list(tmp_path.glob("out/*.mp4"))
+
+
+@pytest.mark.dist
+@pytest.mark.xdist_group("train-faults")
+@pytest.mark.parametrize("share", ["sequence", "guidance"])
+def test_two_ranks_that_share_a_video_write_what_one_writes(share, run, tmp_path, picture):
+    """In uint8 after x264, so equal up to rounding; latents are held to 1e-4 elsewhere."""
+    from tests.train.forked import Ranks
+
+    alone = sample(run, tmp_path / "alone", "--first", picture, "--per-prompt", 2)
+    words = [
+        "sample",
+        run,
+        "a red circle",
+        "-o",
+        tmp_path / "both",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    words += ["--first", picture, "--per-prompt", 2, "--share", share]
+    arguments = [str(word) for word in words]
+    ranks = Ranks(arguments, tmp_path / "ranks")
+    assert ranks.wait() == [0, 0], ranks.told(0) + ranks.told(1)
+    records = read_records(tmp_path / "both")
+    assert len((tmp_path / "both/samples.jsonl").read_text().splitlines()) == 2
+    for record, video in zip(records, alone, strict=True):
+        found = read_clip(tmp_path / "both" / record["file"]).frames
+        assert np.abs(found.astype(int) - video).mean() < 0.1
