@@ -37,13 +37,28 @@ class Words:
         """
         texts = samples.read_prompts(self.file) if self.file is not None else self.prompts
         options = {"reference_path": self.reference, "mask_strategy": self.mask_strategy}
-        scores = {"aesthetic": self.aesthetic, "motion": self.motion, "camera": self.camera}
-        lines = []
-        for text in texts:
-            line = parse(text, **options)
-            told = tuple(with_scores(prompt, **scores) for prompt in line.prompts)  # type: ignore[arg-type]
-            lines.append((text, replace(line, prompts=told)))
-        return lines
+        return [(text, parse(text, **options)) for text in texts]
+
+    def said(
+        self, lines: Sequence[tuple[str, Line]], refined: dict[str, str]
+    ) -> list[tuple[str, Line]]:
+        """The lines with what the model is told in place of each prompt.
+
+        Args:
+            refined: prompt -> its longer form, where it has one.
+        """
+
+        def told(prompt: str) -> str:
+            return with_scores(
+                refined.get(prompt, prompt),
+                aesthetic=self.aesthetic,
+                motion=self.motion,
+                camera=self.camera,
+            )
+
+        return [
+            (text, replace(line, prompts=tuple(map(told, line.prompts)))) for text, line in lines
+        ]
 
 
 @dataclass(frozen=True)

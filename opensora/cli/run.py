@@ -101,6 +101,12 @@ def sample(
     aesthetic: float = typer.Option(None, help="aesthetic score said in the prompt"),
     motion: float = typer.Option(None, help="motion score said in the prompt"),
     camera: str = typer.Option(None, help="camera motion said in the prompt"),
+    refine: str = typer.Option(
+        "",
+        help="write prompts out by a language model: URL of an OpenAI-style API (the key is "
+        "OPENAI_API_KEY's), or a folder",
+    ),
+    refine_model: str = typer.Option("", help="the API's name of the model"),
     batch_size: int = typer.Option(8, min=1, help="videos at a time; changes no video"),
     format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
@@ -127,7 +133,7 @@ def sample(
         output, seed, per_prompt,
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
-        settings or [], long, overlap, guide_with, share,
+        settings or [], long, overlap, guide_with, share, refine, refine_model,
     )  # fmt: skip
     draw(checkpoint, asked)
 

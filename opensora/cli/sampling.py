@@ -18,9 +18,12 @@ from opensora.infer import samples
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.prompt_lines import Line
 from opensora.media.write import FORMATS
 from opensora.ops.backends import AttentionChoice
 from opensora.ops.selection import select
+from opensora.runtime import Runtime
+from opensora.text import refine
 from opensora.train.config import TrainConfig
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo
@@ -42,6 +45,7 @@ class Asked:
         suffix: the format.
         weaker: checkpoint to guide away from.
         share: what ranks share.
+        refine: endpoint or folder of a language model that writes prompts out.
     """
 
     words: Words
@@ -62,6 +66,8 @@ class Asked:
     overlap: int = 2
     weaker: Path | None = None
     share: str = "prompts"
+    refine: str = ""
+    refine_model: str = ""
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
@@ -70,6 +76,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
     lines = asked.words.read()
     place = runtime.start(asked.device)
     try:
+        lines = asked.words.said(lines, refined(asked, lines, place))
         load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
         pipeline = load(checkpoint).to(place.device)
         if asked.weaker is not None:
@@ -112,6 +119,20 @@ def draw(checkpoint: Path, asked: Asked) -> None:
     if pipeline.team is None or place.is_main:
         for record in records:
             print(asked.output / record["file"])
+
+
+def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict[str, str]:
+    """Prompt -> its longer form, asked for once by the first rank and kept beside the samples."""
+    if not asked.refine:
+        return {}
+    known: dict[str, str] = {}
+    if place.is_main:
+        local = Path(asked.refine).is_dir()
+        ask = refine.local(asked.refine) if local else None
+        ask = ask or refine.endpoint(asked.refine, asked.refine_model)
+        prompts = [prompt for _, line in lines for prompt in line.prompts]
+        known = refine.remembered(ask, asked.output / "refined.json", prompts)
+    return place.gather_objects(known)[0]
 
 
 def _checked(asked: Asked) -> SamplingConfig:

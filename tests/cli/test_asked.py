@@ -68,9 +68,10 @@ def test_contradictions_and_missing_files_are_refused(picture, tmp_path):
 
 def test_lines_add_to_what_is_given_to_all(picture):
     words = Words(['a dog{"reference_path": "x.png"}', "|0|day|1|night"], motion=4.0)
-    jobs = jobs_of(words.read(), Frames(first=picture), seed=7, per_prompt=2, latents=5, stride=4)
+    lines = words.said(words.read(), {"a dog": "a brown dog"})
+    jobs = jobs_of(lines, Frames(first=picture), seed=7, per_prompt=2, latents=5, stride=4)
     assert [job.seed for job in jobs] == [7, 8, 9, 10]
-    assert jobs[0].prompts == ("a dog motion score: 4.0.",)
+    assert jobs[0].prompts == ("a brown dog motion score: 4.0.",)
     assert [Path(r.path).name for r in jobs[0].references] == ["a.png", "x.png"]
     assert jobs[2].prompts == ("day motion score: 4.0.", "night motion score: 4.0.")
     plain = jobs_of(Words(["a dog"]).read(), Frames(), seed=0, per_prompt=1, latents=5, stride=4)
