@@ -109,6 +109,7 @@ def sample(
     refine_model: str = typer.Option("", help="the API's name of the model"),
     batch_size: int = typer.Option(8, min=1, help="videos at a time; changes no video"),
     format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
+    grid: bool = typer.Option(False, "--grid", help="also a picture of all of them, grid.png"),
     raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
     attention: str = typer.Option("auto", help="auto, or a backend that `opensora doctor` finds"),
@@ -133,7 +134,7 @@ def sample(
         output, seed, per_prompt,
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
-        settings or [], long, overlap, guide_with, share, refine, refine_model,
+        settings or [], long, overlap, guide_with, share, refine, refine_model, grid,
     )  # fmt: skip
     draw(checkpoint, asked)
 

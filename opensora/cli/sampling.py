@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from opensora import config as configs
 from opensora import runtime
@@ -19,7 +22,10 @@ from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line
-from opensora.media.write import FORMATS
+from opensora.media.picture import is_picture, read_picture
+from opensora.media.read import read_clip
+from opensora.media.sheet import contact_sheet
+from opensora.media.write import FORMATS, write_image
 from opensora.ops.backends import AttentionChoice
 from opensora.ops.selection import select
 from opensora.runtime import Runtime
@@ -29,6 +35,7 @@ from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo
 from opensora.train.trainer import Sampler
 
+GRID_COLUMNS = 6
 LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
 
@@ -45,6 +52,7 @@ class Asked:
         suffix: the format.
         weaker: checkpoint to guide away from.
         share: what ranks share.
+        grid: write `grid.png`, a row of frames for each video, or all pictures.
         refine: endpoint or folder of a language model that writes prompts out.
     """
 
@@ -68,6 +76,7 @@ class Asked:
     share: str = "prompts"
     refine: str = ""
     refine_model: str = ""
+    grid: bool = False
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
@@ -114,11 +123,33 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 team=place if pipeline.team is not None else None,
                 progress=partial(stages.update, "sampling"),
             )
+        if asked.grid:
+            place.barrier()
+            if place.is_main:
+                write_grid(asked.output, count=len(lines) * asked.per_prompt)
     finally:
         place.close()
     if pipeline.team is None or place.is_main:
         for record in records:
             print(asked.output / record["file"])
+
+
+def write_grid(folder: Path, *, count: int) -> None:
+    """The first `count` samples of a folder in one picture, `grid.png`."""
+    clips = []
+    for record in samples.read_records(folder)[:count]:
+        path = folder / record["file"]
+        if is_picture(path):
+            clips.append(read_picture(path)[None])
+            continue
+        total = record.get("num_frames") or record["shape"]["num_frames"]
+        shown = min(GRID_COLUMNS, total)
+        fps = record["shape"]["fps"] * shown / total  # so that a long video is not held whole
+        clips.append(read_clip(path, num_frames=shown, fps=fps).frames)
+    if all(len(clip) == 1 for clip in clips):
+        clips = np.concatenate(clips)
+    columns = math.ceil(len(clips) ** 0.5) if isinstance(clips, np.ndarray) else GRID_COLUMNS
+    write_image(folder / "grid.png", contact_sheet(clips, columns=columns))
 
 
 def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict[str, str]:

@@ -8,9 +8,9 @@ import pytest
 from opensora.cli.asked import Frames, Size, Words, jobs_of
 from opensora.cli.main import invoke
 from opensora.errors import DataError, UsageError
-from opensora.infer.conditions import Reference
+from opensora.infer.conditions import Reference, read_frames
 from opensora.infer.samples import read_records
-from opensora.media.read import read_clip
+from opensora.media.picture import read_picture
 from opensora.media.write import write_video
 from tests.infer.conftest import build_pipeline
 from tests.infer.test_conditions import moving
@@ -111,7 +111,7 @@ def test_sizes_that_mean_nothing_are_refused(size, pipeline):
 def sample(run: Path, output: Path, *options: object) -> list[np.ndarray]:
     words = ("sample", run, "a red circle", "-o", output, "--steps", 2, "--device", "cpu")
     assert invoke([str(word) for word in (*words, *options)]) == 0
-    return [read_clip(output / record["file"]).frames for record in read_records(output)]
+    return [read_frames(output / record["file"], fps=8) for record in read_records(output)]
 
 
 def test_a_video_begins_with_the_picture_that_is_given(run, tmp_path, picture):
@@ -130,6 +130,17 @@ def test_a_video_may_be_any_number_of_frames_long(run, tmp_path):
         options = ("--long", kind, "--frames", 22, "--overlap", overlap)
         (video,) = sample(run, tmp_path / kind, *options)
         assert video.shape == (22, 32, 32, 3)
+
+
+def test_a_grid_shows_every_video_or_every_picture(run, tmp_path):
+    sample(run, tmp_path / "videos", "--per-prompt", 3, "--grid")
+    assert read_picture(tmp_path / "videos/grid.png").shape == (3 * 36 - 4, 5 * 36 - 4, 3)
+    sample(
+        run, tmp_path / "pictures", "--per-prompt", 3, "--frames", 1, "--format", "png", "--grid"
+    )
+    assert read_picture(tmp_path / "pictures/grid.png").shape == (68, 68, 3)
+    sample(run, tmp_path / "long", "--long", "windows", "--overlap", 1, "--frames", 22, "--grid")
+    assert read_picture(tmp_path / "long/grid.png").shape == (32, 6 * 36 - 4, 3)
 
 
 def test_any_key_of_the_sampling_config_can_be_set(run, tmp_path, picture):
@@ -189,5 +200,5 @@ def test_two_ranks_that_share_a_video_write_what_one_writes(share, run, tmp_path
     records = read_records(tmp_path / "both")
     assert len((tmp_path / "both/samples.jsonl").read_text().splitlines()) == 2
     for record, video in zip(records, alone, strict=True):
-        found = read_clip(tmp_path / "both" / record["file"]).frames
+        found = read_frames(tmp_path / "both" / record["file"], fps=8)
         assert np.abs(found.astype(int) - video).mean() < 0.1
