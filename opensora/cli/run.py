@@ -37,13 +37,15 @@ def train(
     from opensora.train.config import TrainConfig
 
     loaded = configs.validate(TrainConfig, tree, where=str(config))
+    from opensora.cli import evaluating
     from opensora.cli.sampling import sampler_for
     from opensora.runtime import start
     from opensora.train.run import train as run
 
+    evaluating.check(loaded.evaluation)
     place = start(loaded.device, loaded.watchdog.collective_seconds)
     try:
-        run(loaded, place, sampler=sampler_for)
+        run(loaded, place, sampler=sampler_for, evaluator=evaluating.evaluator_for)
     except OpensoraError:
         interrupts.ignore()
         raise

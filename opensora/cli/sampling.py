@@ -190,18 +190,21 @@ def sampler_for(config: TrainConfig) -> Sampler:
     )
 
     def sample(task: Task, step: int, output: Path, shape: dict[str, Any]) -> None:
-        assert isinstance(task, TextToVideo), "TrainConfig allows samples for no other task"
-        device = next(task.parameters()).device
-        pipeline = VideoPipeline(
-            model=task.model,
-            text=task.text_encoder,
-            vae=task.vae,
-            config=task.config,
-            shape=Shape(**shape),
-            fingerprint=f"step {step}",
-        ).to(device)
         folder = output / "samples" / f"step-{step:06d}"
         work = samples.jobs(wanted.prompts, seed=config.seed)
-        samples.draw(pipeline, work, folder, sampling=settings)
+        samples.draw(pipeline_of(task, step, shape), work, folder, sampling=settings)
 
     return sample
+
+
+def pipeline_of(task: Task, step: int, shape: dict[str, Any]) -> VideoPipeline:
+    """The pipeline of a task in training, on the task's own weights."""
+    assert isinstance(task, TextToVideo), "TrainConfig allows this for no other task"
+    return VideoPipeline(
+        model=task.model,
+        text=task.text_encoder,
+        vae=task.vae,
+        config=task.config,
+        shape=Shape(**shape),
+        fingerprint=f"step {step}",
+    ).to(next(task.parameters()).device)
