@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,10 @@ def read_picture(path: str | os.PathLike[str], *, limits: Limits = _DEFAULT_LIMI
 
     check_file(path)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            image = Image.open(path, formats=_FORMATS)
+        with image:
             if image.width * image.height > limits.max_pixels_per_frame:
                 raise DataError(
                     f"'{path}' has {image.width}x{image.height} pixels, more than the limit of "
