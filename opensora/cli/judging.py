@@ -16,10 +16,15 @@ from opensora.engine import checkpoint as checkpoints
 from opensora.errors import UsageError, did_you_mean
 from opensora.evaluate import arena
 from opensora.evaluate.suite import Results, Subject, Suite, groups
+from opensora.evaluate.vbench import suite as vbench
 from opensora.infer.pipeline import VideoPipeline
 from opensora.runtime import Runtime
 
-SUITES: dict[str, Suite] = {"arena": arena.SUITE}
+SUITES: dict[str, Suite] = {
+    "arena": arena.SUITE,
+    "vbench": vbench.SUITE,
+    "vbench-i2v": vbench.I2V_SUITE,
+}
 
 
 def run(

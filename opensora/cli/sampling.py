@@ -105,8 +105,6 @@ def draw(checkpoint: Path, asked: Asked) -> None:
             stride=pipeline.vae.stride[0],
         )  # fmt: skip
         pipeline.team = team_of(asked.share, place, pipeline.model)
-        if pipeline.team is None:
-            work = work[place.rank :: place.world_size]
         with Stages(visible=place.is_main) as stages:
             records = samples.draw(
                 pipeline,
@@ -120,7 +118,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 long=long,
                 num_frames=total,
                 picture_first=asked.frames.drawn,
-                team=place if pipeline.team is not None else None,
+                place=place,
                 progress=partial(stages.update, "sampling"),
             )
         if asked.grid:
@@ -129,7 +127,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 write_grid(asked.output, count=len(lines) * asked.per_prompt)
     finally:
         place.close()
-    if pipeline.team is None or place.is_main:
+    if place.is_main:
         for record in records:
             print(asked.output / record["file"])
 

@@ -24,9 +24,10 @@ from opensora.infer.conditions import Given, Reference
 from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import safe_name, write_video
-from opensora.runtime import Runtime
+from opensora.runtime import ALONE, Runtime
 
 RECORD_NAME = "samples.jsonl"
+Records = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ def draw(
     long: LongConfig | None = None,
     num_frames: int | None = None,
     picture_first: bool = False,
-    team: Runtime | None = None,
     progress: Callable[[int, int], None] | None = None,
+    name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
+    place: Runtime = ALONE,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
@@ -117,53 +119,73 @@ def draw(
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
         picture_first: draw a picture from each prompt, then the video that begins with it.
-        team: this rank, where all ranks draw each video together; its first one writes them.
         progress: called with (done, total) before the first and after every batch.
+        name: of a job's file, without the suffix; no two jobs may share one.
+        place: where several ranks are given the same jobs and folder, each draws its share of
+            what is missing, or all of them draw each video where the pipeline has a team.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
             weights, settings or prompts.
+        DataError: ranks do not see the same folder.
     """
     folder, shape = Path(folder), shape or pipeline.shape
     pipeline.latent_shape(shape)
-    settings = {
-        "weights": pipeline.fingerprint,
-        "sampling": sampling.model_dump(mode="json"),
-        "shape": asdict(shape),
-        "negative_prompt": negative_prompt,
-    }
+    options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
+    settings = {"weights": pipeline.fingerprint, **_plain(options)}
     if long is not None:
         settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
     if picture_first:
         settings["picture_first"] = True
     _check(work, long=long is not None, picture_first=picture_first)
-    done = _finished(folder, settings, {job.index: job for job in work}, suffix)
-    if team is not None:
-        done = team.gather_objects(done)[0]  # else one might see a video that another wrote since
+    together = place.world_size > 1 and pipeline.team is not None
+    wanted = {job.index: job for job in work}
+    # No rank draws before all of them have seen the same folder; a team sees the first one's.
+    seen = place.gather_objects(_finished(folder, settings, wanted, suffix))
+    done = seen[0] if together else seen[place.rank]
     missing = [job for job in work if job.index not in done]
+    missing = missing if together else missing[place.rank :: place.world_size]
     if progress:
         progress(len(done), len(work))
-    if team is None or team.is_main:
+    writes = place.is_main or not together
+    if writes:
         _mend(folder / RECORD_NAME)
-    options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
     for batch in _batches(missing, 1 if long is not None else batch_size):
         if long is not None:
             videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
         else:
             videos = _short(pipeline, batch, picture_first, options)
         for job, frames in zip(batch, videos, strict=True):
-            file = safe_name(job.prompt, job.index) + suffix
-            record = {"file": file, **job.record, **settings}
-            if team is None or team.is_main:
+            record = {"file": name(job) + suffix, **job.record, **settings}
+            if writes:
                 shown = islice(frames, 1) if suffix == ".png" else frames
-                write_video(folder / file, shown, fps=shape.fps)
+                write_video(folder / record["file"], shown, fps=shape.fps)
                 _append(folder / RECORD_NAME, record)
             else:
                 deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
         if progress:
             progress(len(done), len(work))
+    if place.world_size > 1 and not together:
+        place.barrier()
+        done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
     return [done[job.index] for job in work]
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call of the pipeline as JSON has them."""
+    sampling, shape = options["sampling"].model_dump(mode="json"), asdict(options["shape"])
+    return {**options, "sampling": sampling, "shape": shape}
+
+
+def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:
+    absent = [job for job in work if job.index not in done]
+    if absent:
+        raise DataError(
+            f"{folder} lacks {len(absent)} videos that ranks have drawn: all ranks need the same "
+            "file system; the same command draws what is missing"
+        )
+    return done
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""VBench: prompts, drawing, dimensions, totals and files that its own scripts accept."""

@@ -1,0 +1,106 @@
+"""The settings of the two suites, `vbench` and `vbench-i2v`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from opensora.config import Config
+from opensora.errors import did_you_mean
+from opensora.evaluate.vbench.dimensions import names
+from opensora.evaluate.vbench.prompts import READ_SAMPLES
+from opensora.infer.pipeline import SamplingConfig
+
+
+class UpstreamConfig(Config):
+    """An installation of VBench's own package, for the dimensions that are not measured here."""
+
+    python: str | None = Field(
+        default=None,
+        description="interpreter of an environment with the package vbench; by default this one, "
+        "if it has the package",
+    )
+    folder: str | None = Field(
+        default=None,
+        description="a checkout of VBench, in which it is run; I2V finds its pictures there",
+    )
+
+
+class JudgingConfig(Config):
+    """What is judged and with what; the part that both suites share."""
+
+    dimensions: tuple[str, ...] = Field(
+        default=(), description="which dimensions, all of them by default"
+    )
+    mode: Literal["standard", "custom"] = Field(
+        default="standard",
+        description="standard: VBench's prompts and file names; custom: a folder of any names, for "
+        "dimensions that need no prompt",
+    )
+    prompts: str | None = Field(default=None, description="another prompt file in VBench's format")
+    num_prompts: int | None = Field(
+        default=None, ge=1, description="prompts for each dimension, for quick runs; all by default"
+    )
+    samples_per_prompt: int = Field(
+        default=READ_SAMPLES, ge=1, le=READ_SAMPLES, description="videos of each prompt"
+    )
+    weights_dir: str | None = Field(
+        default=None, description="folder of the weights that docs/vbench.md lists"
+    )
+    download: bool = Field(
+        default=False, description="fetch DINO and CLIP from the Hugging Face hub if not there"
+    )
+    static_list: str | None = Field(
+        default=None,
+        description="JSON of the videos that passed a static filter, for temporal_flickering: a "
+        "list of file names, or upstream's filtered_static_video.json",
+    )
+    proxies: bool = Field(default=True, description="also the proxy.* measures without weights")
+    upstream: UpstreamConfig = UpstreamConfig()
+    name: str = Field(
+        default="vbench",
+        pattern=r"^[\w.-]+$",
+        description="of the result files, <name>_eval_results.json and <name>_full_info.json",
+    )
+
+
+class VBenchConfig(JudgingConfig):
+    """VBench v1, sixteen dimensions: the drawing, then the judging."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32, description="all seeds follow from it")
+    flicker_samples: int = Field(
+        default=25,
+        ge=1,
+        le=100,
+        description="videos of a prompt of temporal_flickering; its first five static ones count",
+    )
+    sampling: SamplingConfig = SamplingConfig()
+    negative_prompt: str = Field(default="", description="what guidance leads away from")
+    batch_size: int = Field(default=8, ge=1, description="videos drawn at a time")
+
+    @model_validator(mode="after")
+    def _known(self) -> VBenchConfig:
+        _check(self.dimensions, names("v1"))
+        return self
+
+
+DRAWING = frozenset({"seed", "sampling", "negative_prompt", "batch_size"})
+"""Settings that mean nothing for finished videos."""
+
+
+class I2VConfig(JudgingConfig):
+    """VBench-I2V on finished videos: three dimensions of its own and seven shared ones."""
+
+    @model_validator(mode="after")
+    def _known(self) -> I2VConfig:
+        _check(self.dimensions, names("i2v"))
+        return self
+
+
+def _check(asked: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"dimension '{name}' is unknown.{did_you_mean(name, known)}")
+    if len(set(asked)) != len(asked):
+        raise ValueError("a dimension is named twice")

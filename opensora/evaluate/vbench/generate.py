@@ -1,0 +1,120 @@
+"""Drawing the videos of the benchmark: one folder, VBench's names, a seed for each video.
+
+A seed follows from the run's seed, the prompt and the number of the sample, so neither ranks nor
+subsets nor the order of prompts change a video. A stopped call is completed by the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opensora.errors import DataError
+from opensora.evaluate.vbench.config import VBenchConfig
+from opensora.evaluate.vbench.prompts import Entry, file_name, refuse_collisions
+from opensora.infer import samples
+from opensora.infer.pipeline import Shape, VideoPipeline
+from opensora.infer.samples import Job
+from opensora.media.read import read_clip
+from opensora.runtime import ALONE, Runtime, address
+
+STRIDE = 1000
+"""Indices between two prompts in the records; more than samples of one prompt."""
+
+FLICKERING = "temporal_flickering"
+
+
+def samples_of(
+    entries: Iterable[Entry], dimensions: Sequence[str], *, samples: int, flicker_samples: int
+) -> dict[str, int]:
+    """Prompt -> how many videos of it there should be."""
+    counts: dict[str, int] = {}
+    for entry in entries:
+        filtered = FLICKERING in entry.dimensions and FLICKERING in dimensions
+        count = max(samples, flicker_samples) if filtered else samples
+        counts[entry.prompt] = max(count, counts.get(entry.prompt, 0))
+    return counts
+
+
+def seed_of(seed: int, prompt: str, sample: int) -> int:
+    """The seed of one video: 53 bits, which JSON keeps exactly everywhere."""
+    return address(seed, f"vbench {prompt}", sample) >> 10
+
+
+def jobs(known: Sequence[Entry], counts: dict[str, int], seed: int) -> list[Job]:
+    """What to draw.
+
+    Args:
+        known: all entries of the prompt file; a prompt's place in it names its jobs.
+        counts: prompt -> samples, of the prompts that are wanted.
+    """
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(e.prompt for e in known))}
+    return [
+        Job(places[prompt] * STRIDE + sample, prompt, seed_of(seed, prompt, sample))
+        for prompt, count in counts.items()
+        for sample in range(count)
+    ]
+
+
+def draw(
+    pipeline: VideoPipeline,
+    work: Sequence[Job],
+    folder: Path,
+    config: VBenchConfig,
+    *,
+    place: Runtime = ALONE,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Draw what is missing, decode everything, and draw again what does not decode.
+
+    Raises:
+        DataError: a video does not decode to what was drawn, twice; or the file system ignores
+            case and two prompts differ by nothing else.
+        UsageError: the folder holds samples of other weights or settings.
+    """
+    refuse_collisions([job.prompt for job in work], folder)
+    for attempt in (1, 2):
+        records = samples.draw(
+            pipeline,
+            work,
+            folder,
+            sampling=config.sampling,
+            negative_prompt=config.negative_prompt,
+            batch_size=config.batch_size,
+            name=lambda job: file_name(job.prompt, job.index % STRIDE, ""),
+            place=place,
+            progress=progress,
+        )
+        broken = [
+            one for found in place.gather_objects(_broken(folder, records, place)) for one in found
+        ]
+        if not broken:
+            return records
+        if attempt == 1 and place.is_main:
+            for name, _ in broken:
+                (folder / name).unlink(missing_ok=True)
+        place.barrier()
+    name, reason = broken[0]
+    raise DataError(
+        f"{len(broken)} of {len(records)} drawn videos do not decode; '{name}': {reason}. Check "
+        f"the disk of {folder}"
+    )
+
+
+def _broken(
+    folder: Path, records: Sequence[dict[str, Any]], place: Runtime
+) -> list[tuple[str, str]]:
+    """This rank's share of the files, those that do not decode to their recorded shape."""
+    found = []
+    for record in records[place.rank :: place.world_size]:
+        try:
+            shape = Shape(**record["shape"])
+            frames = read_clip(folder / record["file"]).frames
+            # 4:2:0 needs even sides: the writer adds a row or a column to odd ones.
+            even = (shape.height + shape.height % 2, shape.width + shape.width % 2)
+            if frames.shape[:3] != (shape.num_frames, *even):
+                raise DataError(f"it decodes to {'x'.join(map(str, frames.shape[:3]))}")
+        except DataError as error:
+            found.append((record["file"], str(error)))
+    return found

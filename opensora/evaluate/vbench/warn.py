@@ -1,0 +1,108 @@
+"""What a reader of the scores must know: still pictures, subsets, what is missing or unreadable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opensora.evaluate.vbench.config import JudgingConfig
+from opensora.evaluate.vbench.judge import MOTION, Judgement, Task
+from opensora.evaluate.vbench.prompts import READ_SAMPLES
+from opensora.evaluate.vbench.videos import Collection
+
+STILL_MOTION = 0.5
+"""A video whose fastest blocks move less than this many pixels a frame, at 256, is a still."""
+
+STILL_SHARE, LOW_DYNAMIC = 0.9, 0.05
+
+
+def warnings(
+    config: JudgingConfig,
+    collection: Collection,
+    judged: Judgement,
+    scores: Mapping[str, Any],
+    tasks: Mapping[str, Sequence[Task]],
+    *,
+    unfiltered: bool,
+) -> list[str]:
+    """One sentence for each thing, the most important first.
+
+    Args:
+        scores: the groups found.
+        unfiltered: whether temporal_flickering was measured without a static filter.
+    """
+    found = [*_still(judged, scores, tasks), *_subset(config)]
+    if unfiltered:
+        found.append(
+            "temporal_flickering was measured without the static filter, so motion counts as "
+            "flicker: give static_list, or raft-things.pth in weights_dir"
+        )
+    elif config.mode == "standard":
+        found += _few_static(config, tasks)
+    if collection.missing:
+        found.append(
+            f"{len(collection.missing)} videos are missing, '{collection.missing[0]}' for one"
+        )
+    if collection.strays:
+        name, nearest = next(iter(collection.strays.items()))
+        hint = f" (nearest prompt: '{nearest}')" if nearest else ""
+        found.append(f"{len(collection.strays)} files belong to no prompt, '{name}' for one{hint}")
+    if judged.unusable:
+        file, _, reason = judged.unusable[0]
+        found.append(f"{len(judged.unusable)} measures could not be taken; '{file}': {reason}")
+    return found
+
+
+def _still(
+    judged: Judgement, scores: Mapping[str, Any], tasks: Mapping[str, Sequence[Task]]
+) -> list[str]:
+    """Quality prizes a picture that does not move: a perfectly still one has about 0.79."""
+    trap = "a still picture has a Quality of about 0.79, so Quality alone says nothing here"
+    dynamic = scores.get("vbench", {}).get("dynamic_degree")
+    if dynamic is not None and dynamic["mean"] < LOW_DYNAMIC:
+        return [f"still pictures: dynamic_degree is {dynamic['mean']:.2f}; {trap}"]
+    # Prompts for flickering ask for stillness; they say nothing about the model.
+    asked = {
+        task.video.path
+        for name, of in tasks.items()
+        if name != "temporal_flickering"
+        for task in of
+    }
+    moves = [r.measured.value for r in judged.rows.get(MOTION, ()) if r.video.path in asked]
+    if moves and np.mean(np.array(moves) < STILL_MOTION) >= STILL_SHARE:
+        share = np.mean(np.array(moves) < STILL_MOTION)
+        return [f"still pictures: in {share:.0%} of the videos nothing moves; {trap}"]
+    return []
+
+
+def _subset(config: JudgingConfig) -> list[str]:
+    parts = []
+    if config.mode == "custom":
+        parts.append("videos of any names")
+    if config.prompts is not None:
+        parts.append(f"the prompts of {config.prompts}")
+    if config.num_prompts is not None:
+        parts.append(f"{config.num_prompts} prompts a dimension")
+    if config.samples_per_prompt < READ_SAMPLES:
+        parts.append(f"{config.samples_per_prompt} of {READ_SAMPLES} samples a prompt")
+    if not parts:
+        return []
+    return [f"not VBench's protocol ({', '.join(parts)}): do not compare with published scores"]
+
+
+def _few_static(config: JudgingConfig, tasks: Mapping[str, Sequence[Task]]) -> list[str]:
+    """Prompts of which the filter left fewer videos than the protocol reads."""
+    if "temporal_flickering" not in tasks:
+        return []
+    counts: dict[str, int] = {}
+    for task in tasks["temporal_flickering"]:
+        counts[task.video.prompt] = counts.get(task.video.prompt, 0) + 1
+    few = [prompt for prompt, count in counts.items() if count < config.samples_per_prompt]
+    if not few:
+        return []
+    return [
+        f"{len(few)} prompts of temporal_flickering have fewer than {config.samples_per_prompt} "
+        f"static videos, '{few[0]}' for one"
+    ]
