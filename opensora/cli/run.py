@@ -1,4 +1,4 @@
-"""Commands that run something: train, encode, sample, eval, report.
+"""Commands that run something: train, encode, eval, report.
 
 What can be refused without torch is refused before torch is imported, which takes seconds.
 """
@@ -12,6 +12,7 @@ import typer
 
 from opensora import config as configs
 from opensora import interrupts
+from opensora.cli.sample import sample
 from opensora.errors import OpensoraError, UsageError
 
 Overrides = typer.Argument(None, metavar="[KEY=VALUE]...", help="overrides, such as optim.lr=1e-3")
@@ -37,13 +38,15 @@ def train(
     from opensora.train.config import TrainConfig
 
     loaded = configs.validate(TrainConfig, tree, where=str(config))
+    from opensora.cli import evaluating
     from opensora.cli.sampling import sampler_for
     from opensora.runtime import start
     from opensora.train.run import train as run
 
+    evaluating.check(loaded.evaluation)
     place = start(loaded.device, loaded.watchdog.collective_seconds)
     try:
-        run(loaded, place, sampler=sampler_for)
+        run(loaded, place, sampler=sampler_for, evaluator=evaluating.evaluator_for)
     except OpensoraError:
         interrupts.ignore()
         raise
@@ -60,58 +63,6 @@ def encode(
     from opensora.cli.encoding import EncodeConfig, run
 
     run(configs.validate(EncodeConfig, tree, where=str(config)))
-
-
-def sample(
-    checkpoint: Path = typer.Argument(..., help="run, checkpoints folder or checkpoint"),
-    prompts: list[str] = typer.Argument(None, help="prompts, one video each"),
-    file: Path = typer.Option(None, "--file", help="prompts from a .txt or a .csv column `text`"),
-    output: Path = typer.Option(Path("outputs/samples"), "--output", "-o", help="folder"),
-    seed: int = typer.Option(0, min=0, max=2**62, help="of the first sample; each has its own"),
-    per_prompt: int = typer.Option(1, min=1, help="videos for each prompt"),
-    steps: int = typer.Option(30, min=1, help="sampling steps"),
-    guidance: float = typer.Option(3.0, min=0, help="classifier-free guidance scale; 1 is off"),
-    rescale: float = typer.Option(0.0, min=0, max=1, help="guidance rescale"),
-    sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m or ddim"),
-    negative: str = typer.Option("", help="negative prompt"),
-    frames: int = typer.Option(None, min=1, help="frames; as trained by default"),
-    height: int = typer.Option(None, min=8, help="pixels"),
-    width: int = typer.Option(None, min=8, help="pixels"),
-    fps: float = typer.Option(None, min=0.01, help="frames per second"),
-    batch_size: int = typer.Option(8, min=1, help="videos at a time; changes no video"),
-    format: str = typer.Option("mp4", help="mp4, gif, webm, or png for the first frame"),
-    raw_weights: bool = typer.Option(False, help="the last weights rather than their average"),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
-    attention: str = typer.Option("auto", help="auto, or a backend that `opensora doctor` finds"),
-) -> None:
-    """Draw videos from prompts. Under torchrun the ranks share them."""
-    texts = list(prompts or [])
-    if bool(texts) == (file is not None):
-        raise UsageError("give prompts as arguments, or a --file of them")
-    from opensora.cli.sampling import draw
-
-    sampling = {
-        "sampler": sampler,
-        "schedule": {"num_steps": steps},
-        "guidance": {"scale": guidance, "rescale": rescale},
-    }
-    shape = {"num_frames": frames, "height": height, "width": width, "fps": fps}
-    draw(
-        checkpoint,
-        texts,
-        file=file,
-        output=output,
-        seed=seed,
-        per_prompt=per_prompt,
-        sampling=sampling,
-        shape={key: value for key, value in shape.items() if value is not None},
-        negative_prompt=negative,
-        batch_size=batch_size,
-        suffix=f".{format.lstrip('.')}",
-        averaged=not raw_weights,
-        device=device,
-        attention=attention,
-    )
 
 
 def evaluate(

@@ -2,75 +2,181 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from opensora import config as configs
 from opensora import runtime
+from opensora.cli.asked import Frames, Size, Words, jobs_of
 from opensora.cli.progress import Stages
 from opensora.diffusion.guidance import GuidanceConfig
 from opensora.diffusion.schedule import FullSequenceConfig
 from opensora.errors import UsageError, did_you_mean
 from opensora.infer import samples
+from opensora.infer.long import PyramidWindowConfig, WindowsConfig
+from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
-from opensora.media.write import FORMATS
+from opensora.infer.prompt_lines import Line
+from opensora.media.picture import is_picture, read_picture
+from opensora.media.read import read_clip
+from opensora.media.sheet import contact_sheet
+from opensora.media.write import FORMATS, write_image
 from opensora.ops.backends import AttentionChoice
 from opensora.ops.selection import select
+from opensora.runtime import Runtime
+from opensora.text import refine
 from opensora.train.config import TrainConfig
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo
 from opensora.train.trainer import Sampler
 
+GRID_COLUMNS = 6
+LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
-def draw(
-    checkpoint: Path,
-    prompts: list[str],
-    *,
-    file: Path | None,
-    output: Path,
-    seed: int,
-    per_prompt: int,
-    sampling: dict[str, Any],
-    shape: dict[str, Any],
-    negative_prompt: str,
-    batch_size: int,
-    suffix: str,
-    averaged: bool,
-    device: str,
-    attention: str,
-) -> None:
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call of `opensora sample` asks for, beside the checkpoint.
+
+    Attributes:
+        words: prompts, and what is added to them.
+        frames: that are given.
+        size: of the videos.
+        sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
+        long: kind of long video, or None; `overlap` of its windows in latent frames.
+        suffix: the format.
+        weaker: checkpoint to guide away from.
+        share: what ranks share.
+        grid: write `grid.png`, a row of frames for each video, or all pictures.
+        refine: endpoint or folder of a language model that writes prompts out.
+    """
+
+    words: Words
+    frames: Frames
+    size: Size
+    output: Path
+    seed: int
+    per_prompt: int
+    sampling: dict[str, Any]
+    negative_prompt: str
+    batch_size: int
+    suffix: str
+    averaged: bool
+    device: str
+    attention: str
+    settings: list[str] = field(default_factory=list)
+    long: str | None = None
+    overlap: int = 2
+    weaker: Path | None = None
+    share: str = "prompts"
+    refine: str = ""
+    refine_model: str = ""
+    grid: bool = False
+
+
+def draw(checkpoint: Path, asked: Asked) -> None:
     """What `opensora sample` does."""
-    if suffix not in FORMATS:
-        formats = [f.lstrip(".") for f in FORMATS]
-        raise UsageError(f"--format {suffix[1:]} is unknown.{did_you_mean(suffix[1:], formats)}")
-    if attention not in (choices := get_args(AttentionChoice)):
-        raise UsageError(f"--attention {attention} is unknown.{did_you_mean(attention, choices)}")
-    settings = configs.validate(SamplingConfig, sampling, where="sample")
-    texts = samples.read_prompts(file) if file is not None else prompts
-    place = runtime.start(device)
+    settings = _checked(asked)
+    lines = asked.words.read()
+    place = runtime.start(asked.device)
     try:
-        pipeline = VideoPipeline.from_pretrained(checkpoint, averaged=averaged).to(place.device)
+        lines = asked.words.said(lines, refined(asked, lines, place))
+        load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
+        pipeline = load(checkpoint).to(place.device)
+        if asked.weaker is not None:
+            pipeline.weaker = load(asked.weaker).to(place.device)
         model = pipeline.config.model
-        select(attention, place.device, pipeline.dtype, model.width // model.num_heads)
-        work = samples.jobs(texts, seed=seed, per_prompt=per_prompt)
+        select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
+        shape = asked.size.shape(pipeline)
+        total = shape.num_frames
+        long = None
+        if asked.long is not None:
+            known = {"overlap": asked.overlap} if asked.long == "windows" else {}
+            long = configs.validate(LONG[asked.long], known, where="--long")
+            shape = replace(shape, num_frames=pipeline.shape.num_frames)
+        latents = pipeline.latent_shape(shape)[1]
+        work = jobs_of(
+            lines, asked.frames, seed=asked.seed, per_prompt=asked.per_prompt, latents=latents,
+            stride=pipeline.vae.stride[0],
+        )  # fmt: skip
+        pipeline.team = team_of(asked.share, place, pipeline.model)
         with Stages(visible=place.is_main) as stages:
             records = samples.draw(
                 pipeline,
-                work[place.rank :: place.world_size],
-                output,
+                work,
+                asked.output,
                 sampling=settings,
-                shape=replace(pipeline.shape, **shape),
-                negative_prompt=negative_prompt,
-                batch_size=batch_size,
-                suffix=suffix,
+                shape=shape,
+                negative_prompt=asked.negative_prompt,
+                batch_size=asked.batch_size,
+                suffix=asked.suffix,
+                long=long,
+                num_frames=total,
+                picture_first=asked.frames.drawn,
+                place=place,
                 progress=partial(stages.update, "sampling"),
             )
+        if asked.grid:
+            place.barrier()
+            if place.is_main:
+                write_grid(asked.output, count=len(lines) * asked.per_prompt)
     finally:
         place.close()
-    for record in records:
-        print(output / record["file"])
+    if place.is_main:
+        for record in records:
+            print(asked.output / record["file"])
+
+
+def write_grid(folder: Path, *, count: int) -> None:
+    """The first `count` samples of a folder in one picture, `grid.png`."""
+    clips = []
+    for record in samples.read_records(folder)[:count]:
+        path = folder / record["file"]
+        if is_picture(path):
+            clips.append(read_picture(path)[None])
+            continue
+        total = record.get("num_frames") or record["shape"]["num_frames"]
+        shown = min(GRID_COLUMNS, total)
+        fps = record["shape"]["fps"] * shown / total  # so that a long video is not held whole
+        clips.append(read_clip(path, num_frames=shown, fps=fps).frames)
+    if all(len(clip) == 1 for clip in clips):
+        clips = np.concatenate(clips)
+    columns = math.ceil(len(clips) ** 0.5) if isinstance(clips, np.ndarray) else GRID_COLUMNS
+    write_image(folder / "grid.png", contact_sheet(clips, columns=columns))
+
+
+def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict[str, str]:
+    """Prompt -> its longer form, asked for once by the first rank and kept beside the samples."""
+    if not asked.refine:
+        return {}
+    known: dict[str, str] = {}
+    if place.is_main:
+        local = Path(asked.refine).is_dir()
+        ask = refine.local(asked.refine) if local else None
+        ask = ask or refine.endpoint(asked.refine, asked.refine_model)
+        prompts = [prompt for _, line in lines for prompt in line.prompts]
+        known = refine.remembered(ask, asked.output / "refined.json", prompts)
+    return place.gather_objects(known)[0]
+
+
+def _checked(asked: Asked) -> SamplingConfig:
+    """The settings of sampling; what can be refused before a checkpoint is read is refused here."""
+    for name, value, choices in (
+        ("format", asked.suffix.lstrip("."), [f.lstrip(".") for f in FORMATS]),
+        ("attention", asked.attention, get_args(AttentionChoice)),
+        ("long", asked.long, (None, *LONG)),
+        ("share", asked.share, SHARING),
+    ):
+        if value not in choices:
+            known = [choice for choice in choices if choice]
+            raise UsageError(f"--{name} {value} is unknown.{did_you_mean(str(value), known)}")
+    tree = configs.override(asked.sampling, asked.settings)
+    return configs.validate(SamplingConfig, tree, where="sample")
 
 
 def sampler_for(config: TrainConfig) -> Sampler:
@@ -82,18 +188,21 @@ def sampler_for(config: TrainConfig) -> Sampler:
     )
 
     def sample(task: Task, step: int, output: Path, shape: dict[str, Any]) -> None:
-        assert isinstance(task, TextToVideo), "TrainConfig allows samples for no other task"
-        device = next(task.parameters()).device
-        pipeline = VideoPipeline(
-            model=task.model,
-            text=task.text_encoder,
-            vae=task.vae,
-            config=task.config,
-            shape=Shape(**shape),
-            fingerprint=f"step {step}",
-        ).to(device)
         folder = output / "samples" / f"step-{step:06d}"
         work = samples.jobs(wanted.prompts, seed=config.seed)
-        samples.draw(pipeline, work, folder, sampling=settings)
+        samples.draw(pipeline_of(task, step, shape), work, folder, sampling=settings)
 
     return sample
+
+
+def pipeline_of(task: Task, step: int, shape: dict[str, Any]) -> VideoPipeline:
+    """The pipeline of a task in training, on the task's own weights."""
+    assert isinstance(task, TextToVideo), "TrainConfig allows this for no other task"
+    return VideoPipeline(
+        model=task.model,
+        text=task.text_encoder,
+        vae=task.vae,
+        config=task.config,
+        shape=Shape(**shape),
+        fingerprint=f"step {step}",
+    ).to(next(task.parameters()).device)

@@ -16,8 +16,8 @@ Arguments of every sampler:
     callback: called after each step with its number from 0, x and the data estimate; whatever it
         raises ends the sampling.
     noise: step -> standard normal latents, (B, C, T, H, W). Only solvers that renew noise call it.
-Each returns latents at level 0, like x, and raises ValueError for latents or schedules that do
-not fit.
+Each returns latents at the levels of the last row, like x, and raises ValueError for latents or
+schedules that do not fit.
 """
 
 from __future__ import annotations

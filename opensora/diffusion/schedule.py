@@ -1,8 +1,8 @@
 """The sampling schedule: a matrix of noise levels, one row a step and one column a frame.
 
-Row 0 is where sampling starts, the last row is all 0, and one network call takes a row to the
-next. Text-to-video, autoregressive chunks and pyramids differ only in how long each frame waits
-before it starts down the same list of levels, so all of them are one staircase.
+Row 0 is where sampling starts, the last row is all 0 where it ends in data, and one network call
+takes a row to the next. Text-to-video, autoregressive chunks and pyramids differ only in how long
+each frame waits before it starts down the same list of levels, so all of them are one staircase.
 """
 
 from __future__ import annotations
@@ -141,12 +141,40 @@ def pyramid(
     return torch.where(free, levels[step], 0.0)
 
 
+def held(schedule: Tensor, start: Tensor) -> Tensor:
+    """A schedule in which no frame is above the level that it starts at.
+
+    A frame that starts at 0 is given, at 1 it is made from noise; one between waits until the
+    others have come down to its level and is changed from there on (SDEdit, Meng et al. 2022).
+
+    Args:
+        schedule: (steps + 1, T), or (steps + 1, B, T).
+        start: (T,) or (B, T) levels in [0, 1].
+
+    Returns:
+        (steps + 1, T), or with B before T where either argument has it; rows in which nothing
+        moves are left out.
+
+    Raises:
+        UsageError: every frame is given.
+    """
+    start = start.to(schedule)
+    rows = schedule.unsqueeze(1) if start.ndim > schedule.ndim - 1 else schedule
+    rows = torch.minimum(rows, start)
+    moves = (rows[1:] < rows[:-1]).flatten(1).any(dim=1)
+    if not moves.any():
+        raise UsageError("every frame is given; leave at least one to be sampled")
+    # What starts lower than the first rows does not move in them, and stays where it is.
+    kept = torch.cat([moves, moves.new_ones(1)])
+    return rows[kept]
+
+
 def check(schedule: Tensor, *, batch: int, num_frames: int) -> None:
     """Refuse a schedule that no sampler can walk.
 
     Raises:
-        ValueError: for a wrong shape, levels outside [0, 1] or rising, a last row that is not 0,
-            or a step in which no frame moves.
+        ValueError: for a wrong shape, levels outside [0, 1] or rising, or a step in which no frame
+            moves.
     """
     if schedule.ndim == 2:
         fits = schedule.shape[1] == num_frames
@@ -162,8 +190,6 @@ def check(schedule: Tensor, *, batch: int, num_frames: int) -> None:
     moves = (schedule[1:] < schedule[:-1]).flatten(1).any(dim=1)
     if (schedule[1:] > schedule[:-1]).any():
         raise ValueError("levels of a schedule never rise from one row to the next")
-    if (schedule[-1] != 0).any():
-        raise ValueError("the last row of a schedule is 0 for every frame")
     if not moves.all():
         idle = int((~moves).nonzero()[0])
         raise ValueError(f"no frame moves in step {idle} of the schedule; drop the repeated row")

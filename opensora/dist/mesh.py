@@ -159,6 +159,13 @@ class Mesh:
         """The ranks that share layers with this one."""
         return TorchGroup(self.devices["tp"].get_group()) if self.layout.tp > 1 else None
 
+    @cached_property
+    def copies(self) -> TorchGroup | None:
+        """The ranks that have the same place as this one in other copies of the model. Making it is
+        collective."""
+        layout = self.layout
+        return self._subgroup(layout.dp_replicate, layout.dp_shard * layout.sequence)
+
     def _make_groups(self, degree: int) -> SequenceGroups:
         """Groups of `degree` neighbours: Ulysses inside, ring across."""
         size = min(degree, self.layout.ulysses)

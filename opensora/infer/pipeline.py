@@ -1,7 +1,8 @@
 """Prompts to frames: encode the text, walk the schedule, decode the latents.
 
 Each sample has its own seed and nothing else random, so what it looks like does not depend on the
-batch that it is computed in.
+batch that it is computed in. Frames may be given (`conditions`); long videos are drawn by `long`
+with the parts of a pipeline that have names of their own here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 
 from opensora import runtime, zoo
 from opensora.config import Config
+from opensora.data.transforms import to_uint8
 from opensora.diffusion import guidance, objective, schedule, timesteps
-from opensora.diffusion.guidance import GuidanceConfig
-from opensora.diffusion.process import Process
+from opensora.diffusion.guidance import GuidanceConfig, Guide, Hide
+from opensora.diffusion.process import Process, per_frame
 from opensora.diffusion.samplers import SAMPLERS
 from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
+from opensora.infer.conditions import Given, begin
+from opensora.infer.parallel import Team
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -35,11 +39,18 @@ if TYPE_CHECKING:
     from opensora.text.features import CachedEncoder
 
 
+Seed = int | torch.Generator
+Callback = Callable[[int, Tensor, Tensor], None]
+Fresh = Callable[[int], Tensor]
+
+
 class SamplingConfig(Config):
     """How a video is drawn."""
 
-    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim"] = Field(
-        default="euler", description="solver"
+    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim", "ancestral", "renoise"] = Field(
+        default="euler",
+        description="solver; ancestral and renoise draw fresh noise, the latter for few-step "
+        "students",
     )
     schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
     guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
@@ -76,6 +87,9 @@ class VideoPipeline:
     Attributes:
         shape: what the model was trained on, the default of a call.
         fingerprint: digest of the weights, for records.
+        weaker: a worse one for the same latents, to guide away from (autoguidance); None guides
+            away from the null text.
+        team: other ranks that draw the same videos; None draws alone.
     """
 
     def __init__(
@@ -92,6 +106,8 @@ class VideoPipeline:
         self.config, self.shape, self.fingerprint = config, shape, fingerprint
         self.process: Process = objective.build(config.objective)
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.weaker: VideoPipeline | None = None
+        self.team: Team | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
@@ -139,41 +155,93 @@ class VideoPipeline:
         self.dtype = dtype or self.dtype
         for part in (self.model, self.text, self.vae):
             part.to(self.device)
+        if self.weaker is not None:
+            self.weaker.to(device, dtype)
         return self
 
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[Seed] | None = None,
         shape: Shape | None = None,
         sampling: SamplingConfig | None = None,
         negative_prompt: str = "",
-        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        given: Sequence[Sequence[Given]] | None = None,
+        callback: Callback | None = None,
     ) -> list[Sample]:
         """Draw one video for each prompt, as one batch.
 
         Args:
-            seeds: one for each prompt; 0, 1, 2 ... by default.
+            prompts: one or several.
+            seeds: a number, or a generator on the CPU, for each prompt; 0, 1, 2 ... by default.
             shape: pixel frames, height, width, fps; the trained shape by default.
+            given: for each prompt, the frames that are there already.
             callback: (step, latents, data estimate) after every step; what it raises cancels.
 
         Raises:
-            UsageError: the shape does not fit the VAE and the model.
+            UsageError: the shape does not fit the VAE and the model, or frames do not fit it.
         """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         shape, sampling = shape or self.shape, sampling or SamplingConfig()
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        if len(seeds) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts need as many seeds, found {len(seeds)}")
+        for name, values in (("seeds", seeds), ("lists of given frames", given)):
+            if values is not None and len(values) != len(prompts):
+                raise UsageError(f"{len(prompts)} prompts need as many {name}, found {len(values)}")
         latent_shape = self.latent_shape(shape)
-        x = torch.stack([_noise(latent_shape, seed) for seed in seeds]).to(self.device)
-        latents = self._denoise(x, prompts, shape, sampling, negative_prompt, callback)
-        pixels = self.vae.decode(latents)
-        frames = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        frames = frames.permute(0, 2, 3, 4, 1).cpu().numpy()
-        rows = zip(prompts, seeds, frames, strict=True)
-        return [Sample(prompt, seed, video, shape.fps) for prompt, seed, video in rows]
+
+        def noise(*step: int) -> Tensor:
+            drawn = [_noise(latent_shape, seed, *step) for seed in seeds]
+            return torch.stack(drawn).to(self.device)
+
+        latents = self.draw_latents(
+            noise(),
+            prompts,
+            shape,
+            sampling,
+            negative_prompt,
+            given or [()] * len(prompts),
+            callback,
+            fresh=noise,
+        )
+        rows = zip(prompts, seeds, to_uint8(self.vae.decode(latents)), strict=True)
+        return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
+
+    def draw_latents(
+        self,
+        noise: Tensor,
+        prompts: Sequence[str],
+        shape: Shape,
+        sampling: SamplingConfig,
+        negative_prompt: str = "",
+        given: Sequence[Sequence[Given]] = (),
+        callback: Callback | None = None,
+        fresh: Fresh | None = None,
+    ) -> Tensor:
+        """Latents of videos (B, C, T, H, W) from standard normal noise of the same shape.
+
+        Args:
+            fresh: step -> more noise of that shape, for solvers that renew it.
+        """
+        total = noise.shape[2]
+        if not any(given):
+            levels = self.levels(sampling, shape, total)
+            guide = self.guide(prompts, shape, sampling, negative_prompt, len(levels) - 1)
+            return self.walk(guide, noise, levels, sampling, callback, fresh)
+        c, t, h, w = noise.shape[1:]
+        start = begin(self.vae, given, (c, t, h, w), self.device)
+        levels = self.levels(sampling, shape, total, given=start.given)
+        levels = schedule.held(levels, start.levels)
+
+        def hide(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = start.given.to(x.device)
+            return torch.where(per_frame(hidden), noise, x), t.masked_fill(hidden, 1.0)
+
+        guide = self.guide(prompts, shape, sampling, negative_prompt, len(levels) - 1, hide=hide)
+        first = levels[0].to(noise).expand(len(noise), -1)
+        x = self.process.corrupt(start.latents, noise, first)
+        return self.walk(guide, x, levels, sampling, callback, fresh)
 
     def latent_shape(self, shape: Shape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a video.
@@ -191,33 +259,83 @@ class VideoPipeline:
             )
         return latent_shape
 
-    def _denoise(
+    def levels(
+        self, sampling: SamplingConfig, shape: Shape, total: int, *, given: Tensor | None = None
+    ) -> Tensor:
+        """The schedule of `total` latent frames: (steps + 1, T), or with B before T as `given`."""
+        return schedule.matrix(
+            sampling.schedule, total, shift=self.shift(shape, total), given=given
+        )
+
+    def shift(self, shape: Shape, total: int) -> float:
+        """How far levels of `total` latent frames are shifted towards noise."""
+        _, _, height, width = self.latent_shape(shape)
+        _, down, across = self.config.model.patch
+        return timesteps.shift_for(
+            self.config.timesteps.shift,
+            num_frames=total,
+            tokens_per_frame=(height // down) * (width // across),
+        )
+
+    def guide(
         self,
-        x: Tensor,
         prompts: Sequence[str],
         shape: Shape,
         sampling: SamplingConfig,
         negative_prompt: str,
-        callback: Callable[[int, Tensor, Tensor], None] | None,
-    ) -> Tensor:
-        frames = x.shape[2]
-        _, down, across = self.config.model.patch
-        tokens_per_frame = (x.shape[3] // down) * (x.shape[4] // across)
-        shift = timesteps.shift_for(
-            self.config.timesteps.shift, num_frames=frames, tokens_per_frame=tokens_per_frame
-        )
-        levels = schedule.matrix(sampling.schedule, frames, shift=shift)
-        denoise = guidance.classifier_free(
+        num_steps: int,
+        *,
+        hide: Hide | None = None,
+    ) -> Guide:
+        """The guided data estimate of a batch.
+
+        Raises:
+            UsageError: guidance by frames, of which none are given, or beside a weaker model.
+        """
+        if sampling.guidance.frames_scale != 1 and (hide is None or self.weaker is not None):
+            raise UsageError(
+                f"guidance.frames_scale is {sampling.guidance.frames_scale}: it needs given "
+                "frames, and no weaker model to guide by"
+            )
+        weaker = None
+        if self.weaker is not None:
+            told = self.weaker._condition(list(prompts), shape)
+            worse = self.weaker.process.denoiser(self.weaker._predict)
+            weaker = lambda x, t, _: worse(x, t, told)  # noqa: E731
+        return guidance.classifier_free(
             self.process.denoiser(self._predict),
             self._condition(list(prompts), shape),
             self._condition([negative_prompt], shape),
+            hide=hide,
+            weaker=weaker,
+            num_steps=num_steps,
+            spread=self.team.spread if self.team is not None and self.team.branches else None,
             **sampling.guidance.model_dump(),
         )
+
+    def walk(
+        self,
+        guide: Guide,
+        x: Tensor,
+        levels: Tensor,
+        sampling: SamplingConfig,
+        callback: Callback | None = None,
+        fresh: Fresh | None = None,
+    ) -> Tensor:
+        """Latents moved from the levels of the first row to those of the last."""
+
+        def told(step: int, x: Tensor, data: Tensor) -> None:
+            guide.after(step)
+            if callback is not None:
+                callback(step, x, data)
+
         sampler = SAMPLERS[sampling.sampler]
-        return sampler(denoise, x, levels.to(x), process=self.process, callback=callback)
+        return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            if self.team is not None:
+                return self.team.run(self.model, x, t, condition).float()
             return self.model(x, t, condition).float()
 
     def _condition(self, prompts: list[str], shape: Shape) -> Condition:
@@ -228,5 +346,12 @@ class VideoPipeline:
         return Condition(text.tokens, text.mask, text.pooled, fps, size).to(self.device)
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=runtime.generator(seed, "sample"))
+def _noise(shape: tuple[int, ...], seed: Seed, *step: int) -> Tensor:
+    """Standard normal latents of one sample: those that it starts from, or those of a step."""
+    if isinstance(seed, torch.Generator):
+        return torch.randn(shape, generator=seed)
+    return torch.randn(shape, generator=runtime.generator(seed, "sample", *step))
+
+
+def _number(seed: Seed) -> int:
+    return seed if isinstance(seed, int) else seed.initial_seed()

@@ -9,27 +9,53 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.infer.conditions import Given, Reference
+from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.write import safe_name, write_video
 from opensora.runtime import ALONE, Runtime
 
 RECORD_NAME = "samples.jsonl"
+Records = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video to draw; `index` names its file."""
+    """One video to draw; `index` names its file.
+
+    Attributes:
+        prompt: as it was written; names the file.
+        told: what the model is told, one for each window of a long video; the prompt by default.
+        references: files whose frames are given.
+    """
 
     index: int
     prompt: str
     seed: int
+    told: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the model is told."""
+        return self.told or (self.prompt,)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The job as a line of the record has it; what it does not use is left out."""
+        tree = {key: value for key, value in asdict(self).items() if value != ()}
+        return json.loads(json.dumps(tree))
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -79,6 +105,9 @@ def draw(
     negative_prompt: str = "",
     batch_size: int = 8,
     suffix: str = ".mp4",
+    long: LongConfig | None = None,
+    num_frames: int | None = None,
+    picture_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
     name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
     place: Runtime = ALONE,
@@ -88,59 +117,126 @@ def draw(
     Args:
         batch_size: videos at a time; no video depends on it.
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
+        long: draws videos of `num_frames` in windows of `shape`, one after the other.
+        picture_first: draw a picture from each prompt, then the video that begins with it.
         progress: called with (done, total) before the first and after every batch.
         name: of a job's file, without the suffix; no two jobs may share one.
         place: where several ranks are given the same jobs and folder, each draws its share of
-            what is missing, and all of them return all records.
+            what is missing, or all of them draw each video where the pipeline has a team.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
             weights, settings or prompts.
+        DataError: ranks do not see the same folder.
     """
     folder, shape = Path(folder), shape or pipeline.shape
     pipeline.latent_shape(shape)
-    settings = {
-        "weights": pipeline.fingerprint,
-        "sampling": sampling.model_dump(mode="json"),
-        "shape": asdict(shape),
-        "negative_prompt": negative_prompt,
-    }
+    options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
+    settings = {"weights": pipeline.fingerprint, **_plain(options)}
+    if long is not None:
+        settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
+    if picture_first:
+        settings["picture_first"] = True
+    _check(work, long=long is not None, picture_first=picture_first)
+    together = place.world_size > 1 and pipeline.team is not None
     wanted = {job.index: job for job in work}
-    done = _finished(folder, settings, wanted, suffix)
+    # No rank draws before all of them have seen the same folder; a team sees the first one's.
+    seen = place.gather_objects(_finished(folder, settings, wanted, suffix))
+    done = seen[0] if together else seen[place.rank]
     missing = [job for job in work if job.index not in done]
-    place.barrier()  # no rank draws before all of them have seen the same folder
-    missing = missing[place.rank :: place.world_size]
+    missing = missing if together else missing[place.rank :: place.world_size]
     if progress:
         progress(len(done), len(work))
-    _mend(folder / RECORD_NAME)
-    for batch in _batches(missing, batch_size):
-        videos = pipeline(
-            [job.prompt for job in batch],
-            seeds=[job.seed for job in batch],
-            shape=shape,
-            sampling=sampling,
-            negative_prompt=negative_prompt,
-        )
-        for job, video in zip(batch, videos, strict=True):
-            file = name(job) + suffix
-            frames = video.frames[:1] if suffix == ".png" else video.frames
-            write_video(folder / file, frames, fps=shape.fps)
-            record = {"file": file, **asdict(job), **settings}
-            with open(folder / RECORD_NAME, "a", encoding="utf-8") as log:
-                log.write(json.dumps(record, ensure_ascii=False) + "\n")
+    writes = place.is_main or not together
+    if writes:
+        _mend(folder / RECORD_NAME)
+    for batch in _batches(missing, 1 if long is not None else batch_size):
+        if long is not None:
+            videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
+        else:
+            videos = _short(pipeline, batch, picture_first, options)
+        for job, frames in zip(batch, videos, strict=True):
+            record = {"file": name(job) + suffix, **job.record, **settings}
+            if writes:
+                shown = islice(frames, 1) if suffix == ".png" else frames
+                write_video(folder / record["file"], shown, fps=shape.fps)
+                _append(folder / RECORD_NAME, record)
+            else:
+                deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
         if progress:
             progress(len(done), len(work))
-    if place.world_size > 1:
+    if place.world_size > 1 and not together:
         place.barrier()
-        done = _finished(folder, settings, wanted, suffix)
-        absent = [job for job in work if job.index not in done]
-        if absent:
-            raise DataError(
-                f"{folder} lacks {len(absent)} videos that ranks have drawn: all ranks need the "
-                "same file system; the same command draws what is missing"
-            )
+        done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
     return [done[job.index] for job in work]
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call of the pipeline as JSON has them."""
+    sampling, shape = options["sampling"].model_dump(mode="json"), asdict(options["shape"])
+    return {**options, "sampling": sampling, "shape": shape}
+
+
+def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:
+    absent = [job for job in work if job.index not in done]
+    if absent:
+        raise DataError(
+            f"{folder} lacks {len(absent)} videos that ranks have drawn: all ranks need the same "
+            "file system; the same command draws what is missing"
+        )
+    return done
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _check(work: Sequence[Job], *, long: bool, picture_first: bool) -> None:
+    """Refuse what would be left out in silence."""
+    for job in work:
+        later = len(job.prompts) > 1 or any(reference.window for reference in job.references)
+        if later and not long:
+            raise UsageError(
+                f"'{job.prompt}' says something of later windows: ask for a long video"
+            )
+        if picture_first and (long or job.references):
+            raise UsageError("a first picture is drawn for short videos without given frames")
+
+
+def _short(
+    pipeline: VideoPipeline, batch: Sequence[Job], picture_first: bool, options: dict[str, Any]
+) -> list[np.ndarray]:
+    """The frames of a batch of videos of the shape's length."""
+    prompts, seeds = [job.prompts[0] for job in batch], [job.seed for job in batch]
+    given = [_load(job.references, options["shape"].fps) for job in batch]
+    if picture_first:
+        still = {**options, "shape": replace(options["shape"], num_frames=1)}
+        given = [[Given(p.frames)] for p in pipeline(prompts, seeds=seeds, **still)]
+    if any(given):
+        options = {**options, "given": given}
+    return [video.frames for video in pipeline(prompts, seeds=seeds, **options)]
+
+
+def _load(references: Sequence[Reference], fps: float, window: int = 0) -> list[Given]:
+    return [reference.load(fps=fps) for reference in references if reference.window == window]
+
+
+def _long(
+    pipeline: VideoPipeline,
+    job: Job,
+    long: LongConfig,
+    num_frames: int,
+    options: dict[str, Any],
+) -> Iterator[np.ndarray]:
+    """The frames of a long video, each as soon as it is known."""
+    last = max((reference.window for reference in job.references), default=-1)
+    fps = options["shape"].fps
+    given = [_load(job.references, fps, window) for window in range(last + 1)]
+    options = {**options, "seed": job.seed, "given": given}
+    pieces = stream(pipeline, job.prompts, num_frames=num_frames, long=long, **options)
+    return chain.from_iterable(pieces)
 
 
 def read_records(folder: str | Path) -> list[dict[str, Any]]:
@@ -166,8 +262,8 @@ def _finished(
         if Path(record["file"]).suffix != suffix:
             differing.append("format")
         job = wanted.get(record["index"])
-        if job is not None and (record["prompt"], record["seed"]) != (job.prompt, job.seed):
-            differing.append("prompt or seed")
+        if job is not None and any(record.get(key) != value for key, value in job.record.items()):
+            differing.append("prompt or seed, or given frames")
         if differing:
             raise UsageError(
                 f"{folder} holds samples drawn differently ({', '.join(differing)}): choose "

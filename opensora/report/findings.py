@@ -36,6 +36,7 @@ class Sample:
     Attributes:
         file: an existing or missing file; `None` seed, checkpoint and step are unknown.
         scores: name -> finite number.
+        given: names of the files whose frames it was given.
     """
 
     file: Path
@@ -44,6 +45,7 @@ class Sample:
     checkpoint: str = ""
     sampling: Tree = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    given: tuple[str, ...] = ()
 
     @property
     def answers(self) -> dict[str, float]:

@@ -124,7 +124,9 @@ def _card(sample: Sample, shelf: Shelf) -> Markup:
     badges = [_badge(name, value) for name, value in answers.items()]
     if not answers:
         badges = [_badge(name, value) for name, value in list(sample.scores.items())[:6]]
-    seed = None if sample.seed is None else element("span", f"seed {sample.seed}", class_="seed")
+    words = [] if sample.seed is None else [f"seed {sample.seed}"]
+    words += [f"given {', '.join(sample.given)}"] if sample.given else []
+    seed = element("span", " · ".join(words), class_="seed") if words else None
     right = sample.is_right
     return element(
         "figure",

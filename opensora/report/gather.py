@@ -238,9 +238,18 @@ def _listed(folder: Path, notes: Notes) -> list[Sample]:
                 checkpoint=_drawn_by(row),
                 sampling=mapping(row.get("sampling")) | mapping(row.get("shape")),
                 scores={k: v for k, v in answers.items() if v is not None and abs(v) <= LARGEST},
+                given=_given(row),
             )
         )
     return samples
+
+
+def _given(row: Tree) -> tuple[str, ...]:
+    """The names of the files whose frames a sample was given."""
+    references = row.get("references")
+    references = references if isinstance(references, list) else []
+    paths = [mapping(reference).get("path") for reference in references]
+    return tuple(dict.fromkeys(Path(path).name for path in paths if isinstance(path, str)))
 
 
 def _drawn_by(row: Tree) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from opensora.report import gallery
 from opensora.report.charts import Curve, line_chart
 from opensora.report.clips import Shelf
-from opensora.report.findings import Run, Tree
+from opensora.report.findings import QUESTIONS, Run, Tree
 from opensora.report.markup import Markup, element, join
 from opensora.report.reading import finite, mapping, number
 from opensora.report.scale import duration, figure, size
@@ -18,6 +18,7 @@ from opensora.report.series import smooth
 from opensora.report.words import plain, plural, relative, title
 
 LEVEL = "loss/level_"
+_JUDGED = "trained/"
 _RAMP = 10
 
 # Bookkeeping that a curve would not make clearer: it is in the tiles, or a multiple of another.
@@ -105,7 +106,8 @@ def _tiles(run: Run) -> Markup:
 
 
 def _charts(run: Run) -> Markup | None:
-    charts = [_training_loss(run), *_validation(run), _levels(run), *_steadiness(run)]
+    charts = [_training_loss(run), *_validation(run), _levels(run), _judged(run)]
+    charts += _steadiness(run)
     charts = [chart for chart in charts if chart]
     more = [chart for chart in _more(run) if chart]
     if not charts and not more:
@@ -179,6 +181,18 @@ def _levels(run: Run) -> Markup | None:
     return line_chart("Loss by noise level", curves, note=note)
 
 
+def _judged(run: Run) -> Markup | None:
+    """What a suite's main questions gave during training."""
+    found = run.curves.get("evaluation", {})
+    curves = [
+        Curve(plain(name), found[f"{_JUDGED}{name}"], f"c{look}")
+        for look, name in enumerate(QUESTIONS[:6])
+        if f"{_JUDGED}{name}" in found
+    ]
+    note = "On videos that the averaged weights drew; 1 is all right."
+    return line_chart("Judged during training", curves, note=note, from_zero=True)
+
+
 def finite_level(name: str) -> float | None:
     """The level in 'loss/level_0.05', or None for another metric."""
     try:
@@ -213,6 +227,8 @@ def _more(run: Run) -> list[Markup]:
     for kind, metrics in run.curves.items():
         for name, series in metrics.items():
             known = name in _NOT_DRAWN if kind == "train" else kind == "validation"
+            if kind == "evaluation":
+                known = name.removeprefix(_JUDGED) in QUESTIONS[:6]
             if known and not (kind == "validation" and _is_lost_level(name)):
                 continue
             words = title(name) if kind == "train" else f"{title(name)} ({plain(kind)})"

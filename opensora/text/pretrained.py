@@ -1,6 +1,6 @@
 """Text encoders trained by others: found, checked, loaded and frozen.
 
-The one file that imports transformers. Weights come from safetensors only and no code from a model
+Weights come from safetensors only and no code from a model
 repository is ever run. A prompt's features depend on the prompt alone: padding is masked, on the
 right, and dropout is off.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "log",
     "checkpoint",
     "samples",
+    "evaluation",
     "validation",
     "watchdog",
     "resume_despite",
@@ -95,6 +96,16 @@ class SamplesConfig(Config):
         return self
 
 
+class EvaluationConfig(Config):
+    """A suite of `opensora eval` during training, on the averaged weights."""
+
+    every: int = Field(default=0, ge=0, description="steps between evaluations; 0 makes none")
+    suite: str = Field(default="arena", description="one of the suites of `opensora eval`")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="of the suite, such as num_prompts: {1: 16}"
+    )
+
+
 class TrainConfig(Config):
     """Everything about a run; written beside its weights."""
 
@@ -141,6 +152,7 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     resume_despite: tuple[str, ...] = Field(
@@ -171,8 +183,9 @@ class TrainConfig(Config):
             raise ValueError("task autoencoder trains on clips: data.kind=synthetic has latents")
         if self.task.kind == "autoencoder" and self.data.mix == "clips":
             raise ValueError("data.mix=clips is for the task text_to_video; leave it out here")
-        if self.samples.every and self.task.kind != "text_to_video":
-            raise ValueError(f"samples.every is set, but task {self.task.kind} draws no videos")
+        for name in ("samples", "evaluation"):
+            if getattr(self, name).every and self.task.kind != "text_to_video":
+                raise ValueError(f"{name}.every is set, but task {self.task.kind} draws no videos")
         return self
 
     @model_validator(mode="after")

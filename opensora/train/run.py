@@ -32,7 +32,7 @@ from opensora.train.cost import clip_cost
 from opensora.train.signals import Requests, listening
 from opensora.train.tasks import Task
 from opensora.train.text_to_video import TextToVideo, TextToVideoConfig, load_vae, resolve
-from opensora.train.trainer import Sampler, Trainer
+from opensora.train.trainer import Evaluator, Sampler, Trainer
 from opensora.vae.causal import CausalVAEConfig
 from opensora.watchdog import Watchdog, watching
 
@@ -42,12 +42,14 @@ def train(
     place: Runtime,
     *,
     sampler: Callable[[TrainConfig], Sampler] | None = None,
+    evaluator: Callable[[TrainConfig], Evaluator] | None = None,
 ) -> None:
     """Run, or go on with, the training that a config describes.
 
     Args:
         place: this process's rank and device.
         sampler: makes the function that draws sample videos, when the config asks for them.
+        evaluator: makes the one that judges, likewise.
 
     Raises:
         OpensoraError: with the exit code of its kind.
@@ -57,7 +59,14 @@ def train(
         watching(config.watchdog, place.peers, config.output) as watchdog,
         ending_alike(place.peers),
     ):
-        trainer = prepare(config, place, requests=requests, sampler=sampler, watchdog=watchdog)
+        trainer = prepare(
+            config,
+            place,
+            requests=requests,
+            sampler=sampler,
+            evaluator=evaluator,
+            watchdog=watchdog,
+        )
         trainer.run()
 
 
@@ -67,6 +76,7 @@ def prepare(
     *,
     requests: Requests | None = None,
     sampler: Callable[[TrainConfig], Sampler] | None = None,
+    evaluator: Callable[[TrainConfig], Evaluator] | None = None,
     watchdog: Watchdog | None = None,
 ) -> Trainer:
     """The trainer of a config, where the last attempt stopped; the arguments are those of `train`.
@@ -105,6 +115,7 @@ def prepare(
         source=source,
         requests=requests,
         sampler=sampler(config) if sampler is not None and config.samples.every else None,
+        evaluator=evaluator(config) if evaluator is not None and config.evaluation.every else None,
         matmul_rate=rates[config.precision] * place.world_size,
         watchdog=watchdog,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from opensora.engine.interface import Engine, Update
-from opensora.errors import DataError, Preempted, StorageError
+from opensora.errors import DataError, OpensoraError, Preempted
 from opensora.runtime import Runtime, log
 from opensora.train.bar import Bar
 from opensora.train.batches import (
@@ -41,7 +41,8 @@ from opensora.train.tracking import Tracker
 from opensora.train.validation import averaged, measure
 from opensora.watchdog import Watchdog
 
-Sampler = Callable[[Task, int, Path, dict[str, Any]], None]
+Sampler = Callable[[Task, int, Path, dict[str, Any]], dict[str, float] | None]
+Evaluator = Callable[..., dict[str, float] | None]
 
 _FINISHING_BATCHES = 8
 """Training batches that stand in for validation batches where a run has none."""
@@ -54,6 +55,8 @@ class Trainer:
         engine: has taken charge of the task already.
         requests: what signals ask for; nothing by default.
         sampler: draws sample videos into the run's folder, on rank 0.
+        evaluator: judges the task as the sampler draws from it, told by `alive` when it gets on;
+            returns figures to record.
         matmul_rate: FLOP/s that the devices of all ranks reach together.
         watchdog: is told how far the run is; nobody watches by default.
     """
@@ -68,11 +71,13 @@ class Trainer:
         source: Source,
         requests: Requests | None = None,
         sampler: Sampler | None = None,
+        evaluator: Evaluator | None = None,
         matmul_rate: float = 0.0,
         watchdog: Watchdog | None = None,
     ):
         self.config, self.runtime, self.task = config, runtime, task
         self.engine, self.source, self.sampler = engine, source, sampler
+        self.evaluator = evaluator
         self.requests = requests or Requests()
         self.watchdog = watchdog or Watchdog(config.watchdog, runtime.peers, config.output)
         self._shapes: set[tuple[int, ...]] = set()
@@ -268,6 +273,8 @@ class Trainer:
             self.validate()
         if _due(step, config.samples.every):
             self._sample()
+        if _due(step, config.evaluation.every):
+            self._evaluate()
         if totals.asked.save or _due(step, config.checkpoint.every):
             self._at("checkpoint", long=True)
             if config.checkpoint.background:
@@ -306,26 +313,43 @@ class Trainer:
             return self.task.validation(batch)
 
     def _sample(self) -> None:
-        if self.sampler is None:
+        self._aside(self.sampler)
+
+    def _evaluate(self) -> None:
+        """Judge the averaged weights as `opensora eval` does, and record what was found."""
+        if self.evaluator is None:
             return
+        alive = partial(self._at, "samples", long=True)
+        values = self._aside(partial(self.evaluator, alive=alive))
+        if values:
+            self.tracker.record("evaluation", self.progress.step, values)
+
+    def _aside(self, work: Sampler | None) -> dict[str, float] | None:
+        """Work on the averaged weights between two steps, on rank 0; the others take part where
+        every call of the model needs them as well."""
+        if work is None:
+            return None
         self._at("samples", long=True)
+        values = None
         with averaged(self.task, self.ema):
             if self.runtime.is_main:
-                self._draw(self.sampler)
-            elif self.engine.collective:  # every call of the model needs this rank as well
+                values = self._tried(work)
+            elif self.engine.collective:
                 with TemporaryDirectory() as nowhere:
-                    self.sampler(self.task, self.progress.step, Path(nowhere), self.progress.shape)
+                    work(self.task, self.progress.step, Path(nowhere), self.progress.shape)
         self.runtime.barrier()
+        return values
 
-    def _draw(self, sampler: Sampler) -> None:
-        """Samples on rank 0. A disk that refuses them ends the run only where the other ranks take
-        part in every call and could not know where this one stopped."""
+    def _tried(self, work: Sampler) -> dict[str, float] | None:
+        """What the work gives. A disk that refuses it, or a suite that cannot judge, ends the run
+        only where other ranks take part in every call and could not know where this one stopped."""
         try:
-            sampler(self.task, self.progress.step, self.config.output, self.progress.shape)
-        except StorageError as error:
+            return work(self.task, self.progress.step, self.config.output, self.progress.shape)
+        except OpensoraError as error:
             if self.engine.collective:
                 raise
-            log.error("%s; training goes on without these samples", error)
+            log.error("%s; training goes on without it", error)
+            return None
 
     def _finish(self) -> None:
         """The task's last measurements, the last figures, and the final checkpoint."""
@@ -339,6 +363,8 @@ class Trainer:
         self.validate()
         if self.config.samples.every:
             self._sample()
+        if self.config.evaluation.every:
+            self._evaluate()
         self.progress.finished = True
         self._at("checkpoint", long=True)
         path = self.state.save()

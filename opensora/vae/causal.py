@@ -7,7 +7,7 @@ normalised per channel; nobody else knows their statistics, stride or channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -321,9 +321,12 @@ class CausalVAE(nn.Module):
 
     def stream(self, latents: Tensor, *, chunk: int = 1) -> Iterator[Tensor]:
         """Decode piece by piece: yields pixels (B, 3, f, H, W) as soon as they are known."""
+        yield from map(self.decoder_stream(), _chunks(latents, first=chunk, then=chunk))
+
+    def decoder_stream(self) -> Callable[[Tensor], Tensor]:
+        """A function that decodes the latent frames of one clip as they come, any number a call."""
         cache: Cache = {}
-        for part in _chunks(latents, first=chunk, then=chunk):
-            yield self.reconstruct(part, cache).clamp(-1, 1)
+        return lambda part: self.reconstruct(part, cache).clamp(-1, 1)
 
 
 def _chunks(x: Tensor, *, first: int, then: int) -> Iterator[Tensor]:

@@ -143,3 +143,72 @@ def test_config_holds_the_keyword_arguments(x, t):
 def test_intervals_that_are_empty_or_outside_are_refused(interval):
     with pytest.raises(pydantic.ValidationError, match="0 <= low < high <= 1"):
         GuidanceConfig(interval=interval)
+
+
+GIVEN = torch.tensor([True, False, False, False])
+
+
+def hide(x, t):
+    return x.masked_fill(GIVEN[:, None, None], 7.0), t.masked_fill(GIVEN, 1.0)
+
+
+class Sees(Model):
+    """Data that depends on the first frame as well."""
+
+    def __call__(self, x, t, cond):
+        return super().__call__(x, t, cond) + x[:, :, :1] + t[:, None, :1, None, None]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_guidance_by_given_frames_has_three_branches(x, t, batched):
+    model = Sees()
+    t = t.clamp(min=0.1).masked_fill(GIVEN, 0.0)
+    options = {"frames_scale": 3.0, "batched": batched}
+    guided = classifier_free(model, COND, UNCOND, 5.0, hide=hide, **options)(x, t)
+    assert model.calls == ([6] if batched else [2, 2, 2])
+    told, seen, blind = Sees()(x, t, COND), Sees()(x, t, UNCOND), Sees()(*hide(x, t), UNCOND)
+    expected = blind + 3 * (seen - blind) + 5 * (told - seen)
+    torch.testing.assert_close(guided[:, :, 1:], expected[:, :, 1:])
+    torch.testing.assert_close(guided[:, :, :1], told[:, :, :1])
+
+
+def test_frames_alone_can_guide_with_two_branches(x, t):
+    model = Sees()
+    t = t.clamp(min=0.1).masked_fill(GIVEN, 0.0)
+    guided = classifier_free(model, COND, UNCOND, 1.0, hide=hide, frames_scale=3.0)(x, t)
+    told, blind = Sees()(x, t, COND), Sees()(*hide(x, t), COND)
+    torch.testing.assert_close(guided[:, :, 1:], (blind + 3 * (told - blind))[:, :, 1:])
+    assert model.calls == [4]
+
+
+def test_oscillating_guidance_rests_in_every_other_step_after_the_tenth(x, t):
+    model = Model()
+    guide = classifier_free(model, COND, UNCOND, 4.0, oscillation="text", num_steps=14)
+    for step in range(14):
+        guide(x, t)
+        guide.after(step)
+    assert model.calls == [4] * 11 + [2, 4, 2]
+
+
+def test_a_ramp_guides_later_frames_more_and_later_steps_less(x, t):
+    t = t.clamp(min=0.1)
+    ramp = classifier_free(
+        Sees(), COND, UNCOND, 1.0, hide=hide, frames_scale=3.0, frames_ramp=True, num_steps=4
+    )
+    told, blind = Sees()(x, t, COND), Sees()(*hide(x, t), COND)
+    for step, last in enumerate([3.0, 2.5, 2.0, 1.5]):
+        scale = torch.linspace(1, last, 4, dtype=x.dtype)[:, None, None]
+        torch.testing.assert_close(ramp(x, t), blind + scale * (told - blind))
+        ramp.after(step)
+
+
+def test_a_weaker_model_takes_the_place_of_the_null_text(x, t):
+    weak = lambda x, t, cond: 0.5 * Model()(x, t, cond)  # noqa: E731
+    t = t.clamp(min=0.1)
+    told = Model()(x, t, COND)
+    guided = classifier_free(Model(), COND, UNCOND, 3.0, weaker=weak)(x, t)
+    torch.testing.assert_close(guided, 2.0 * told)
+    with pytest.raises(ValueError, match="needs hide= and no weaker model"):
+        classifier_free(Model(), COND, UNCOND, 3.0, weaker=weak, hide=hide, frames_scale=2.0)
+    with pytest.raises(ValueError, match="needs hide="):
+        classifier_free(Model(), COND, UNCOND, 3.0, frames_scale=2.0)

@@ -10,7 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from opensora.diffusion import schedule
-from opensora.diffusion.schedule import autoregressive, check, full_sequence, karras, pyramid
+from opensora.diffusion.schedule import (
+    autoregressive,
+    check,
+    full_sequence,
+    held,
+    karras,
+    pyramid,
+)
 from opensora.errors import UsageError
 
 
@@ -159,10 +166,34 @@ def test_schedules_that_cannot_be_made_are_refused(options, message):
         ([[1.5, 1.0], [0.0, 0.0]], "lie in"),
         ([[math.nan, 1.0], [0.0, 0.0]], "lie in"),
         ([[1.0, 0.2], [0.5, 0.3], [0.0, 0.0]], "never rise"),
-        ([[1.0, 1.0], [0.0, 0.1]], "last row"),
         ([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]], "no frame moves in step 0"),
     ],
 )
 def test_schedules_that_cannot_be_walked_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         check(torch.tensor(rows), batch=1, num_frames=2)
+
+
+def test_frames_are_never_above_the_level_they_start_at():
+    levels = held(full_sequence(4, 3), torch.tensor([0.0, 0.6, 1.0]))
+    expected = [[0, 0.6, 1.0], [0, 0.6, 0.75], [0, 0.5, 0.5], [0, 0.25, 0.25], [0, 0, 0]]
+    torch.testing.assert_close(levels, torch.tensor(expected))
+    check(levels, batch=1, num_frames=3)
+
+
+def test_steps_in_which_nothing_moves_are_left_out():
+    levels = held(full_sequence(4, 2), torch.tensor([0.4, 0.4]))
+    torch.testing.assert_close(levels, torch.tensor([[0.4, 0.4], [0.25, 0.25], [0.0, 0.0]]))
+
+
+def test_samples_of_a_batch_may_start_at_different_levels():
+    start = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.3, 0.3]])
+    levels = held(full_sequence(4, 2), start)
+    check(levels, batch=3, num_frames=2)
+    assert levels.shape == (5, 3, 2)
+    for sample in range(3):
+        alone = held(full_sequence(4, 2), start[sample])
+        moving = torch.unique_consecutive(levels[:, sample], dim=0)
+        torch.testing.assert_close(moving, alone)
+    with pytest.raises(UsageError, match="every frame is given"):
+        held(full_sequence(4, 2), torch.zeros(2))

@@ -41,6 +41,8 @@ class Painter:
     Its VAE returns what it is given, so the reconstruction is the truth.
     """
 
+    team = None
+
     def __init__(self, paint, *, fingerprint="painter", frames=17):
         self.paint, self.fingerprint = paint, fingerprint
         self.shape = Shape(frames, 64, 64, 8.0)

@@ -58,7 +58,7 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline):
 
 def test_every_sampler_and_schedule_draws(pipeline):
     found = []
-    for sampler in ("euler", "heun", "dpmpp_2m", "ddim"):
+    for sampler in ("euler", "heun", "dpmpp_2m", "ddim", "ancestral", "renoise"):
         sampling = QUICK.model_copy(update={"sampler": sampler})
         found.append(frames(pipeline, PROMPTS[:1], [0], sampling=sampling))
     for kind in ("autoregressive", "pyramid"):
@@ -79,6 +79,23 @@ def test_guidance_and_the_negative_prompt_count(pipeline):
     assert not np.array_equal(drawn(1.0), drawn(4.0))
     assert not np.array_equal(drawn(4.0), drawn(4.0, negative_prompt="a grey cloud"))
     assert np.array_equal(drawn(1.0), drawn(1.0, negative_prompt="a grey cloud"))
+
+
+def test_a_generator_may_stand_for_a_seed_and_one_prompt_for_a_list(pipeline):
+    draw = lambda seed: pipeline(  # noqa: E731
+        PROMPTS[0], seeds=[torch.Generator().manual_seed(seed)], sampling=QUICK
+    )[0]
+    assert np.array_equal(draw(4).frames, draw(4).frames)
+    assert not np.array_equal(draw(4).frames, draw(5).frames)
+    assert draw(4).seed == 4
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "renoise"])
+def test_fresh_noise_is_addressed_by_seed_and_step(sampler, pipeline):
+    sampling = QUICK.model_copy(update={"sampler": sampler})
+    together = frames(pipeline, PROMPTS[:2], [3, 4], sampling=sampling).astype(int)
+    alone = frames(pipeline, PROMPTS[1:2], [4], sampling=sampling)[0]
+    assert np.abs(together[1] - alone).max() <= 1
 
 
 def test_another_shape_and_rate_may_be_asked(pipeline):

@@ -23,6 +23,8 @@ class Painter:
         drawn: the batches that were asked for.
     """
 
+    team = None
+
     fingerprint = "painter"
     shape = SHAPE
 

@@ -9,12 +9,15 @@ from opensora import store
 from opensora.report.estimates import parse
 from opensora.report.findings import Estimate, Target
 from opensora.report.gather import MAX_INCIDENTS, MAX_METRICS, gather, natural_key
+from opensora.report.page import write_report
 from tests.report.conftest import (
     SCORES,
     moving_square,
+    read_page,
     write_json,
     write_lines,
     write_run,
+    write_samples,
     write_video,
 )
 
@@ -211,3 +214,33 @@ def test_names_sort_as_people_count():
 def test_unreadable_scores_are_told_once(tmp_path):
     write_json(tmp_path / "scores.json", {"seed": "x"})
     assert gather(tmp_path).notes.entries == [("scores.json", "holds no scores")]
+
+
+def test_given_frames_are_named_beside_the_seed(tmp_path):
+    references = [{"path": "/a/b/first.png", "at": 0}, {"path": "/a/b/first.png", "at": -1}]
+    rows = [
+        {"file": "a.mp4", "prompt": "a", "seed": 3, "references": references},
+        {"file": "b.mp4", "prompt": "b", "seed": 4, "references": "none"},
+    ]
+    write_samples(tmp_path / "samples", rows)
+    given, free = gather(tmp_path).galleries[0].samples
+    assert given.given == ("first.png",)
+    assert free.given == ()
+    page = read_page(write_report(tmp_path))
+    assert [span.text for span in page.all("span", class_="seed")] == [
+        "seed 3 · given first.png",
+        "seed 4",
+    ]
+
+
+def test_what_a_suite_found_during_training_is_one_chart(tmp_path):
+    rows = [
+        {"kind": "evaluation", "step": step, "trained/colour": step / 8, "trained/speed": 0.5}
+        for step in (4, 8)
+    ]
+    write_run(tmp_path / "run")
+    write_lines(tmp_path / "run" / "metrics.jsonl", rows)
+    text = read_page(write_report(tmp_path)).text
+    assert "Judged during training" in text
+    assert "speed (evaluation)" in text
+    assert "colour (evaluation)" not in text

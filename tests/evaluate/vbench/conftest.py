@@ -16,6 +16,8 @@ from opensora.media.write import write_video
 class Painter:
     """Stands in for a pipeline; `paint(prompt, seed)` gives uint8 (F, H, W, 3)."""
 
+    team = None
+
     def __init__(self, paint, *, fingerprint="painter", stop_after=None, size=(5, 32, 48)):
         self.paint, self.fingerprint, self.stop_after = paint, fingerprint, stop_after
         self.shape = Shape(*size, 8.0)

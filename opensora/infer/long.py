@@ -1,0 +1,197 @@
+"""Videos longer than a model was trained for, in memory that does not grow with their length.
+
+`windows` draws clips of the trained length one after the other, each given the last frames of the
+one before it, which is how models trained with given frames extend a clip. `pyramid` keeps the
+latent frames of one window at levels that rise with time: each step of the window finishes its
+oldest chunk and lets a new one in (diffusion forcing, Chen et al. 2024; The Matrix, 2412.03568). It
+needs a model whose frames were trained at levels of their own (`timesteps.levels: independent`).
+
+Both yield frames as soon as they are finished.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from opensora import runtime
+from opensora.config import Config
+from opensora.data.transforms import to_uint8
+from opensora.diffusion.schedule import SPACINGS
+from opensora.diffusion.timesteps import shift_levels
+from opensora.errors import UsageError
+from opensora.infer.conditions import Given
+from opensora.infer.pipeline import Callback, SamplingConfig, Shape, VideoPipeline
+
+
+class WindowsConfig(Config):
+    """Clip after clip, each given the end of the one before it."""
+
+    kind: Literal["windows"] = "windows"
+    overlap: int = Field(
+        default=2, ge=1, description="latent frames that a window is given of the one before it"
+    )
+    overlap_level: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="level from which they are changed; 0 keeps them as they are",
+    )
+
+
+class PyramidWindowConfig(Config):
+    """A window at rising levels that moves over the video."""
+
+    kind: Literal["pyramid"] = "pyramid"
+    chunk: int = Field(default=1, ge=1, description="latent frames that descend together")
+    context: int = Field(
+        default=1, ge=1, description="finished latent frames that the window still sees"
+    )
+
+
+LongConfig = Annotated[WindowsConfig | PyramidWindowConfig, Field(discriminator="kind")]
+
+
+def stream(
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    *,
+    num_frames: int,
+    seed: int,
+    long: WindowsConfig | PyramidWindowConfig,
+    shape: Shape | None = None,
+    sampling: SamplingConfig | None = None,
+    negative_prompt: str = "",
+    given: Sequence[Sequence[Given]] = (),
+    callback: Callback | None = None,
+) -> Iterator[np.ndarray]:
+    """Draw one video piece by piece.
+
+    Args:
+        prompts: one for each window in turn; the last one goes on.
+        num_frames: pixel frames of the video.
+        shape: of a window; the trained shape by default.
+        given: for each window in turn, frames that are there already.
+
+    Yields:
+        uint8 (f, H, W, 3), `num_frames` of them in all.
+
+    Raises:
+        UsageError: settings that leave a window nothing to draw, or that `pyramid` has no use for.
+    """
+    shape, sampling = shape or pipeline.shape, sampling or SamplingConfig()
+    if num_frames < 1 or not prompts:
+        raise UsageError("a video has at least one frame and one prompt")
+    settings = (pipeline, prompts, shape, sampling, negative_prompt, seed, callback)
+    if isinstance(long, WindowsConfig):
+        pieces = _windows(*settings, long, given)
+    else:
+        if len(prompts) > 1 or any(given):
+            raise UsageError("long.kind=pyramid takes one prompt and no given frames: use windows")
+        pieces = _pyramid(*settings, long, num_frames)
+    left = num_frames
+    for piece in pieces:
+        yield piece[:left]
+        left -= len(piece)
+        if left <= 0:
+            return
+
+
+def _windows(
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    shape: Shape,
+    sampling: SamplingConfig,
+    negative_prompt: str,
+    seed: int,
+    callback: Callback | None,
+    long: WindowsConfig,
+    given: Sequence[Sequence[Given]],
+) -> Iterator[np.ndarray]:
+    """Windows without end; frames that one shares with the last are not yielded again."""
+    stride = pipeline.vae.stride[0]
+    latents = pipeline.latent_shape(shape)[1]
+    if long.overlap >= latents:
+        raise UsageError(
+            f"long.overlap is {long.overlap}; windows of {shape.num_frames} frames have {latents} "
+            "latent frames, so at most one less"
+        )
+    shared = 1 + stride * (long.overlap - 1)
+    last: np.ndarray | None = None
+    number = 0
+    while True:
+        own = list(given[number]) if number < len(given) else []
+        if last is not None:
+            own.insert(0, Given(last[-shared:], count=long.overlap, level=long.overlap_level))
+        (sample,) = pipeline(
+            prompts[min(number, len(prompts) - 1)],
+            seeds=[seed if number == 0 else runtime.address(seed, "window", number)],
+            shape=shape,
+            sampling=sampling,
+            negative_prompt=negative_prompt,
+            given=[own],
+            callback=callback,
+        )
+        yield sample.frames if last is None else sample.frames[shared:]
+        last = sample.frames
+        number += 1
+
+
+@torch.no_grad()
+def _pyramid(
+    pipeline: VideoPipeline,
+    prompts: Sequence[str],
+    shape: Shape,
+    sampling: SamplingConfig,
+    negative_prompt: str,
+    seed: int,
+    callback: Callback | None,
+    long: PyramidWindowConfig,
+    num_frames: int,
+) -> Iterator[np.ndarray]:
+    """Chunks of latent frames, decoded as they come out of the window."""
+    channels, latents, height, width = pipeline.latent_shape(shape)
+    active = (latents - long.context) // long.chunk
+    if active < 1:
+        raise UsageError(
+            f"long.context {long.context} and long.chunk {long.chunk} leave nothing of a window of "
+            f"{latents} latent frames"
+        )
+    total = math.ceil((1 + (num_frames - 1) / pipeline.vae.stride[0]) / long.chunk)
+    lag = math.ceil(sampling.schedule.num_steps / active)
+    ladder = shift_levels(
+        SPACINGS[sampling.schedule.spacing](lag * active), pipeline.shift(shape, latents)
+    ).float()
+    guide = pipeline.guide(prompts[:1], shape, sampling, negative_prompt, lag)
+
+    def noise(chunk: int, *step: int, frames: int = long.chunk) -> Tensor:
+        generator = runtime.generator(seed, "sample", chunk, *step)
+        drawn = torch.randn(1, channels, frames, height, width, generator=generator)
+        return drawn.to(pipeline.device)
+
+    window = torch.cat([noise(chunk) for chunk in range(min(active, total))], dim=2)
+    context = window[:, :, :0]
+    rows = torch.arange(lag * active + 1)
+    decode = pipeline.vae.decoder_stream()
+    for first in range(total):
+        held, seen = window.shape[2] // long.chunk, context.shape[2]
+        behind = torch.arange(held).repeat_interleave(long.chunk) * lag
+        levels = ladder[(rows[:, None] - behind).clamp(min=0)]
+        levels = torch.cat([levels.new_zeros(len(levels), seen), levels], dim=1)
+        x = torch.cat([context, window], dim=2)
+        fresh = partial(noise, first, frames=x.shape[2])
+        x = pipeline.walk(guide, x, levels, sampling, callback, fresh)
+        context = x[:, :, : seen + long.chunk]
+        yield to_uint8(decode(context[:, :, seen:]))[0]
+        context = context[:, :, -long.context :]
+        window = x[:, :, seen + long.chunk :]
+        if first + active < total:
+            window = torch.cat([window, noise(first + active)], dim=2)
+        rows = torch.arange(lag * (active - 1), lag * active + 1)

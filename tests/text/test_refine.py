@@ -1,0 +1,141 @@
+"""Prompts are written out by an endpoint or a local model, once, and no key is ever shown."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from opensora.errors import StorageError, UsageError
+from opensora.text.refine import INSTRUCTION, endpoint, local, remembered
+
+SECRET = "sk-very-secret"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers as the test says, and remembers what it was asked."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers.get("Authorization"), body))
+        status, content = self.server.answer(body)
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+def said(text) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@pytest.fixture
+def server():
+    found = HTTPServer(("127.0.0.1", 0), Answers)
+    found.asked = []
+    found.answer = lambda body: (200, said("A long\n description."))
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+def url_of(server) -> str:
+    return f"http://127.0.0.1:{server.server_port}/v1/"
+
+
+def test_an_endpoint_is_asked_as_openai_is(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert endpoint(url_of(server), "small")("a dog") == "A long description."
+    ((path, authorization, body),) = server.asked
+    assert path == "/v1/chat/completions"
+    assert authorization == f"Bearer {SECRET}"
+    assert body["model"] == "small"
+    assert body["messages"] == [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": "a dog"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "told"),
+    [
+        (401, b"", "HTTP 401"),
+        (302, b"", "HTTP 302"),  # the key does not follow redirects
+        (200, b"<html>", "did not refine the prompt"),
+        (200, b"{}", r"no choices\[0\]"),
+        (200, b'{"choices": []}', r"no choices\[0\]"),
+        (200, said(""), "is empty"),
+        (200, said(None), "is empty"),
+    ],
+)
+def test_answers_of_no_use_are_told_without_the_key(server, status, content, told):
+    server.answer = lambda body: (status, content)
+    with pytest.raises(StorageError, match=told) as caught:
+        endpoint(url_of(server), "small", key=SECRET)("a dog")
+    assert SECRET not in str(caught.value)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "told"),
+    [
+        ("ftp://x/v1", "m", "http"),
+        ("nowhere", "m", "http"),
+        ("http://example.com/v1", "m", "use https"),
+        ("https://example.com/v1", "", "--refine-model"),
+    ],
+)
+def test_endpoints_that_are_none_or_not_safe_are_refused(url, model, told):
+    with pytest.raises(UsageError, match=told):
+        endpoint(url, model)
+
+
+def test_a_prompt_is_asked_for_once_and_what_is_known_survives(tmp_path):
+    asked = []
+
+    def ask(prompt: str) -> str:
+        asked.append(prompt)
+        if prompt == "c":
+            raise StorageError("gone")
+        return prompt.upper()
+
+    path = tmp_path / "out/refined.json"
+    with pytest.raises(StorageError):
+        remembered(ask, path, ["a", "b", "a", "c"])
+    assert asked == ["a", "b", "c"]
+    assert remembered(ask, path, ["b", "a"]) == {"a": "A", "b": "B"}
+    assert asked == ["a", "b", "c"]
+
+
+def test_a_local_language_model_answers(tmp_path):
+    import tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = {"<end>": 0, "<unk>": 1, "a": 2, "dog": 3, "runs": 4}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>")
+    config = GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=1, n_positions=512)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no chat template"):
+        local(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    refine = local(tmp_path)
+    try:
+        told = refine("a dog")
+    except ValueError as error:  # of random weights, which may have nothing to say
+        assert "empty" in str(error)
+    else:
+        assert told == refine("a dog")
+    with pytest.raises(UsageError, match="holds no language model"):
+        local(tmp_path / "none")
