@@ -18,7 +18,7 @@ from opensora.disk import preflight, replace_file
 from opensora.errors import DataError, UsageError
 from opensora.evaluate.suite import Progress, Results, Subject, Suite
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
-from opensora.evaluate.vbench.config import DRAWING, I2VConfig, JudgingConfig, VBenchConfig
+from opensora.evaluate.vbench.config import DRAWING, DrawingConfig, I2VConfig, VBenchConfig
 from opensora.evaluate.vbench.dimensions import DIMENSIONS, names
 from opensora.evaluate.vbench.ledger import Ledger
 from opensora.evaluate.vbench.prompts import Entry, Version
@@ -26,6 +26,7 @@ from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.upstream import Delegated, Upstream
 from opensora.evaluate.vbench.videos import Collection, Video
 from opensora.evaluate.vbench.weights import Shelf
+from opensora.infer.samples import Job
 
 log = logging.getLogger("opensora")
 
@@ -41,7 +42,7 @@ class Run:
         unfiltered: temporal_flickering had no static filter.
     """
 
-    config: JudgingConfig
+    config: DrawingConfig
     version: Version
     subject: Subject
     output: Path
@@ -69,16 +70,14 @@ def _run_v1(subject: Subject, config: VBenchConfig, output: Path, progress: Prog
 
 
 def _run_i2v(subject: Subject, config: I2VConfig, output: Path, progress: Progress) -> Results:
-    if subject.videos is None:
-        raise UsageError(
-            "the suite 'vbench-i2v' judges finished videos: give a folder of them, not a checkpoint"
-        )
+    if subject.videos is None and config.pictures is None:
+        raise UsageError("videos begin with VBench-I2V's pictures: give their folder as pictures")
     return run(subject, config, output, progress, version="i2v")
 
 
 def run(
     subject: Subject,
-    config: JudgingConfig,
+    config: DrawingConfig,
     output: str | Path,
     progress: Progress,
     *,
@@ -145,9 +144,8 @@ def _collect(one: Run, asked: Sequence[str]) -> tuple[Path, Collection]:
         one.entries, asked, samples=config.samples_per_prompt, flicker_samples=many
     )
     if subject.videos is None:
-        assert isinstance(config, VBenchConfig), "I2V draws nothing"
         folder = one.output / "samples"
-        work = generate.jobs(one.known, counts, config.seed)
+        work = _jobs(one, counts)
         generate.draw(
             subject.model, work, folder, config, place=subject.place, progress=one.stage("drawing")
         )
@@ -158,6 +156,17 @@ def _collect(one: Run, asked: Sequence[str]) -> tuple[Path, Collection]:
     if config.mode == "custom":
         return subject.videos, videos.by_any_name(subject.videos)
     return subject.videos, videos.by_prompt(subject.videos, one.entries, one.known, counts)
+
+
+def _jobs(one: Run, counts: dict[str, int]) -> list[Job]:
+    """What to draw, with rewritten prompts or pictures where the config names them."""
+    config = one.config
+    rewritten, pictures = None, None
+    if isinstance(config, VBenchConfig) and config.rewritten is not None:
+        rewritten = prompts.read_rewritten(config.rewritten, one.known)
+    if isinstance(config, I2VConfig) and config.pictures is not None:
+        pictures = Path(config.pictures).expanduser()
+    return generate.jobs(one.known, counts, config.seed, rewritten=rewritten, pictures=pictures)
 
 
 def _routes(one: Run, asked: Sequence[str]) -> tuple[list[str], list[str]]:
