@@ -12,6 +12,7 @@ from torch.nn import functional
 from opensora.errors import CheckpointError
 from opensora.evaluate.suite import Subject
 from opensora.evaluate.vbench import extractors, measures, transforms, weights
+from opensora.evaluate.vbench.dimensions import DIMENSIONS, Footage
 from opensora.evaluate.vbench.extractors import Clip, Dino, dino_positions
 from opensora.evaluate.vbench.raft import RAFT
 from opensora.evaluate.vbench.suite import SUITE
@@ -231,6 +232,31 @@ def test_bilinear_and_bicubic_are_not_antialiased():
     assert small.min() < 0  # overshoot stays
 
 
+def test_dino_is_resized_bilinearly_on_floats():
+    frames = slide(2, 40, 60, 4)
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    plain = functional.interpolate(pixels, (32, 48), mode="bilinear", align_corners=False) / 255
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    torch.testing.assert_close(transforms.for_dino(frames, 32), (plain - mean) / std)
+
+
+def test_dynamic_degree_takes_eight_frames_a_second_and_the_fastest_twentieth(monkeypatch):
+    asked = []
+
+    def magnitudes(self, frames, *, share, both_ends):
+        asked.append((frames[:, 0, 0, 0].tolist(), share, both_ends))
+        return [0.0]
+
+    monkeypatch.setattr(Tools, "magnitudes", magnitudes)
+    frames = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    measure = DIMENSIONS["v1"]["dynamic_degree"].measure
+    assert measure is not None
+    # Of four kept frames one pair has to move, and none does.
+    assert measure(Footage(frames, 24.0, {}), Tools(Shelf(), CPU)).value == 0
+    assert asked == [([0, 3, 6, 9], 0.05, False)]
+
+
 def test_a_frame_of_the_right_size_is_left_alone():
     frames = slide(2, 32, 48, 4)
     pixels = transforms.pixels_of(frames)
@@ -315,6 +341,9 @@ def test_flow_filters_what_moves_from_flickering(shelf, tmp_path, fill, monkeypa
     scores = SUITE.run(Subject(videos=folder), config, tmp_path / "out", lambda *stage: None)
     rows = json.loads((tmp_path / "out/vbench_eval_results.json").read_text())
     kept = [row["video_path"].rsplit("/")[-1] for row in rows["temporal_flickering"][1]]
+    fewer = config.model_copy(update={"samples_per_prompt": 1})
+    scores_of_one = SUITE.run(Subject(videos=folder), fewer, tmp_path / "one", lambda *stage: None)
+    assert scores_of_one["vbench"]["temporal_flickering"]["n"] == 1
     assert kept == [f"{prompt}-1.mp4", f"{prompt}-3.mp4"]
     assert not any("without the static filter" in t for t in scores["settings"]["warnings"])
 

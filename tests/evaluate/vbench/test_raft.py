@@ -152,3 +152,13 @@ def test_correlation_is_highest_where_a_moved_picture_lies():
     best = window.flatten(0, 1).argmax(0)
     # The first index is x, the second y, as the published weights expect.
     assert (best == (RADIUS + 3) * 9 + RADIUS + 2).all()
+
+
+def test_the_mask_of_the_upsampling_is_a_quarter_of_what_the_network_says(network, monkeypatch):
+    told, used = [], []
+    hook = network.update_block.mask.register_forward_hook(lambda *call: told.append(call[2]))
+    monkeypatch.setattr(raft, "upsampled", lambda flow, mask: used.append(mask) or flow)
+    network(*torch.rand(2, 1, 3, 128, 128) * 255, updates=2)
+    hook.remove()
+    assert len(told) == len(used) == 1
+    assert torch.equal(used[0], told[0] / 4)

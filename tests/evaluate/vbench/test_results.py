@@ -72,6 +72,14 @@ def test_intervals_hold_the_mean_and_narrow_with_more_videos():
     assert widths[0] > 5 * widths[1]
 
 
+def test_an_interval_lies_about_upstreams_own_score():
+    videos = [{"video_path": f"v{i}", "video_results": value} for i, value in enumerate((20, 60))]
+    found = results.groups({"imaging_quality": Delegated(0.5, videos)}, {}, "v1")
+    # Resamples of 0.2 and 0.6 go from 0.2 to 0.6; upstream's score is 0.1 above their mean.
+    expected = {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 2}
+    assert found["vbench"]["imaging_quality"] == pytest.approx(expected)
+
+
 def test_one_video_has_an_interval_of_nothing():
     found = results.groups({"color": rows((0.3,))}, {}, "v1")["vbench"]["color"]
     assert found == {"mean": 0.3, "low": 0.3, "high": 0.3, "n": 1}
