@@ -32,7 +32,7 @@ OWNERS = {
     "av": {"media"},
     "decord": {"media"},
     "PIL": {"media"},
-    "transformers": {"text"},
+    "transformers": {"text", "evaluate/features.py"},
     "tokenizers": {"text"},
     "diffusers": {"interop", "vae"},
     "xformers": {"ops/kernels.py"},

@@ -150,17 +150,19 @@ def _shape(config: RealClipsConfig, default: Shape | None, where: str) -> Shape:
     if known is None and config.path is None:
         scenes = config.scenes
         known = Shape(scenes.frames, scenes.height, scenes.width, scenes.fps)
-    wanted = {
-        "num_frames": config.frames, "height": config.height, "width": config.width,
-        "fps": config.fps,
-    }  # fmt: skip
-    found = {key: getattr(known, key, None) if v is None else v for key, v in wanted.items()}
-    missing = [key.removeprefix("num_") for key, value in found.items() if value is None]
-    if missing:
-        raise UsageError(
-            f"the shape of the clips is not known: set {', '.join(f'{where}.{m}' for m in missing)}"
-        )
-    return Shape(**found)
+    wanted = (config.frames, config.height, config.width, config.fps)
+    if known is None:
+        names = ("frames", "height", "width", "fps")
+        missing = [f"{where}.{n}" for n, v in zip(names, wanted, strict=True) if v is None]
+        if missing:
+            raise UsageError(f"the shape of the clips is not known: set {', '.join(missing)}")
+        known = Shape(1, 1, 1, 1.0)
+    return Shape(
+        config.frames or known.num_frames,
+        config.height or known.height,
+        config.width or known.width,
+        config.fps or known.fps,
+    )
 
 
 def _told(shape: Shape) -> str:
