@@ -1,4 +1,4 @@
-"""The suite `physics`: a model sees how a scene begins, and its future is held against the true one.
+"""The suite `physics`: a model sees how a scene begins; its future is held against the true one.
 
 Scenes are the arena's, so their future is simulated exactly. What two takes of one scene share
 bounds what can be asked: the second take begins alike and its clock runs a few percent faster or
