@@ -93,7 +93,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(monkeypatch):
 def test_other_suites_settings_or_samples_are_refused_with_their_keys(tmp_path):
     a = result(tmp_path / "a", [1, 2], clips={"fps": 8.0, "seed": 0})
     other = result(tmp_path / "suite", [1, 2], suite="fvd")
-    with pytest.raises(UsageError, match="of the suite 'vae'.*of 'fvd'"):
+    with pytest.raises(UsageError, match=r"of the suite 'vae'.*of 'fvd'"):
         compare.compare(a, other)
     setting = result(tmp_path / "setting", [1, 2], clips={"fps": 9.0, "seed": 0}, lpips=True)
     with pytest.raises(UsageError, match=r"clips\.fps, lpips differ"):
