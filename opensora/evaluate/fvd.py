@@ -71,7 +71,7 @@ def run(subject: Subject, config: FvdConfig, output: Path, progress: Progress) -
         DataError: clips or videos cannot be read.
     """
     place = subject.place
-    default = subject.pipeline.shape if subject.pipeline is not None else None
+    default = None if subject.videos is not None else subject.model.shape
     clips = open_clips(config.clips, default)
     count = config.generated or len(clips)
     _check_count(config, len(clips), "real clips")
@@ -127,19 +127,16 @@ def _generated(
     progress: Progress,
 ) -> tuple[list[str], Callable[[int], np.ndarray]]:
     """Names of the videos, and what reads one of them."""
-    if subject.pipeline is None:
-        assert subject.videos is not None
+    if subject.videos is not None:
         whole = RealClipsConfig(path=subject.videos, num=count)
         videos = open_clips(whole, shape, where="generated")
         return list(videos.ids), videos.read
     place, folder = subject.place, output / "samples"
-    if shape.num_frames != subject.pipeline.shape.num_frames:
-        subject.pipeline.latent_shape(shape)
     prompts = [texts[i % len(texts)] for i in range(count)]
     work = samples.jobs(prompts, seed=config.seed * 1_000_000)
     mine = work[place.rank :: place.world_size]
     records = samples.draw(
-        subject.pipeline, mine, folder, sampling=config.sampling, shape=shape,
+        subject.model, mine, folder, sampling=config.sampling, shape=shape,
         batch_size=config.batch_size, progress=lambda *n: progress("drawing", *n),
     )  # fmt: skip
     every = sorted(

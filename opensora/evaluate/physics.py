@@ -74,16 +74,17 @@ def run(subject: Subject, config: PhysicsConfig, output: Path, progress: Progres
         DataError: videos are missing or differ in shape.
     """
     alone(subject, "physics")
-    if subject.pipeline is None:
-        return _judge_folder(subject, config, output, progress)
+    if subject.videos is not None:
+        return _judge_folder(subject.videos, config, output, progress)
+    pipeline = subject.model
     if config.real is not None:
         raise UsageError("real is for judging a folder of videos: leave it out with a checkpoint")
     scenes = [sample(config.scenes, config.seed, i, "heldout") for i in range(config.num)]
-    cut = _check_shape(subject.model, config)
+    cut = _check_shape(pipeline, config)
     truth = [render(scene) for scene in scenes]
     takes = [render(another_take(scene, config)) for scene in scenes]
     futures: dict[str, Sequence[np.ndarray]] = {
-        "generated": _draw(subject.model, scenes, truth, config, output / "samples", progress)
+        "generated": _draw(pipeline, scenes, truth, config, output / "samples", progress)
     }
     if subject.fresh is not None:
         fresh, folder = subject.fresh(), output / "samples_untrained"
@@ -100,7 +101,7 @@ def run(subject: Subject, config: PhysicsConfig, output: Path, progress: Progres
             progress(f"judging {group}", done, len(names))
     settings = {
         "suite": "physics",
-        "weights": subject.model.fingerprint,
+        "weights": pipeline.fingerprint,
         "given_frames": cut,
         **config.model_dump(mode="json", exclude={"batch_size", "real", "take_two"}),
     }
@@ -180,19 +181,16 @@ def _draw(
     return [read_clip(folder / record["file"]).frames for record in records]
 
 
-def _judge_folder(
-    subject: Subject, config: PhysicsConfig, output: Path, progress: Progress
-) -> Results:
+def _judge_folder(videos: Path, config: PhysicsConfig, output: Path, progress: Progress) -> Results:
     """Generated videos against real ones of the same name."""
-    assert subject.videos is not None
     if config.real is None:
         raise UsageError("judging a folder of videos needs real=FOLDER, whose names are the same")
-    names = _names(subject.videos)
+    names = _names(videos)
     wanted = _names(config.real)
     missing = sorted({*wanted} - {*names})
     if missing or not wanted:
         raise DataError(
-            f"{subject.videos} lacks {len(missing)} of the {len(wanted)} videos of {config.real}"
+            f"{videos} lacks {len(missing)} of the {len(wanted)} videos of {config.real}"
             + (f", such as {missing[0]}" if missing else "")
         )
     second = _names(config.take_two) if config.take_two is not None else {}
@@ -205,7 +203,7 @@ def _judge_folder(
         rows += _pairs(stem, real, read_clip(names[stem]).frames, second.get(stem))
         progress("judging", done, len(wanted))
     settings = {
-        "suite": "physics", "weights": str(subject.videos), "videos": len(wanted),
+        "suite": "physics", "weights": str(videos), "videos": len(wanted),
         "real": str(config.real), "take_two": str(config.take_two),
     }  # fmt: skip
     rows.sort(key=lambda row: row.group)  # stable: scenes stay in order
