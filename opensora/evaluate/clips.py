@@ -125,7 +125,7 @@ def open_clips(config: RealClipsConfig, default: Shape | None, *, where: str = "
         drawn = [sample(scenes, config.seed, index, "heldout") for index in range(config.num)]
         texts = tuple(scene.caption for scene in drawn)
         return Clips(config, shape, tuple(f"scene-{i:06d}" for i in range(config.num)), texts)
-    rows = _manifest(config.path)
+    rows = read_manifest(config.path)
     needed = (shape.num_frames - 0.5) / shape.fps
     long_enough = [row for row in range(len(rows)) if rows.seconds[row] >= needed - 1e-6]
     if not long_enough:
@@ -169,7 +169,12 @@ def _told(shape: Shape) -> str:
     return f"{shape.num_frames}x{shape.height}x{shape.width} at {shape.fps:g} fps"
 
 
-def _manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """A manifest, that of a folder with `manifest.csv`, or the videos of a folder.
+
+    Raises:
+        DataError: it is none, or files are missing.
+    """
     if path.is_dir():
         if (path / "manifest.csv").is_file():
             path = path / "manifest.csv"

@@ -33,7 +33,9 @@ class Result:
 
 
 def find(path: str | Path, suite: str | None = None) -> list[Path]:
-    """The folders with scores that a path means: one itself, or those of a run, or all below.
+    """The folders with scores that a path means: one itself, those of a run, or all below it.
+
+    A checkpoint stands for its run, beside which `opensora eval` writes.
 
     Args:
         suite: only those in a folder of this name.
@@ -43,10 +45,12 @@ def find(path: str | Path, suite: str | None = None) -> list[Path]:
         path = path.parent
     if (path / SCORES_NAME).is_file():
         return [path]
-    for parent in (path, *path.parents[:2]):  # a checkpoint's scores lie beside its run
-        if (parent / "eval").is_dir():
-            path = parent / "eval"
-            break
+    if path.name.startswith("step-"):
+        path = path.parent
+    if path.name == "checkpoints":
+        path = path.parent
+    if (path / "eval").is_dir():
+        path = path / "eval"
     found = sorted(file.parent for file in path.rglob(SCORES_NAME)) if path.is_dir() else []
     return [folder for folder in found if suite is None or folder.name == suite]
 

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from opensora import runtime
 from opensora.config import Config
+from opensora.data.assignment import BucketAssigner
+from opensora.data.buckets import BucketsConfig
+from opensora.data.clips import ClipReader, ClipsConfig
 from opensora.data.latents import open_cache
+from opensora.data.plan import once
 from opensora.engine import checkpoint
-from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
+from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips, read_manifest
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, write
 from opensora.infer.pipeline import VideoPipeline
 from opensora.types import Condition
@@ -34,6 +38,10 @@ class LossConfig(Config):
     cache: Path | None = Field(
         default=None, description="latents that `opensora encode` wrote, in place of the clips"
     )
+    buckets: BucketsConfig | None = Field(
+        default=None,
+        description="shapes that the clips of clips.path are cut to; null: the one the model draws",
+    )
     levels: int = Field(default=10, ge=1, description="noise levels, evenly spaced in (0, 1)")
     repeats: int = Field(default=1, ge=1, description="noises for each clip and level")
     seed: int = Field(default=0, ge=0, lt=2**62, description="of the noise")
@@ -41,8 +49,14 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> LossConfig:
-        if self.cache is not None and self.clips != RealClipsConfig():
+        if self.cache is not None and (self.clips != RealClipsConfig() or self.buckets):
             raise ValueError("cache and clips exclude each other: leave one of them out")
+        if self.buckets is not None:
+            path = self.clips.path
+            if path is None or self.clips != RealClipsConfig(path=path):
+                raise ValueError(
+                    "buckets cut the clips of clips.path: set it, and no other clips.*"
+                )
         return self
 
 
@@ -135,6 +149,8 @@ def _examples(
     pipeline: VideoPipeline, config: LossConfig, rank: int, world_size: int
 ) -> tuple[Iterator[_Example], int, dict[str, Any]]:
     """This rank's clips, how many they are, and what the settings say of all of them."""
+    if config.buckets is not None:
+        return _bucketed(pipeline, config.clips, config.buckets, rank, world_size)
     if config.cache is None:
         clips = open_clips(config.clips, pipeline.shape)
         pipeline.latent_shape(clips.shape)
@@ -156,6 +172,34 @@ def _examples(
             yield _Example(row, f"{row:06d}", bucket, latents, e.text, e.fps, size)
 
     return cached(), len(mine), facts
+
+
+def _bucketed(
+    pipeline: VideoPipeline, config: RealClipsConfig, buckets: BucketsConfig, rank: int, ranks: int
+) -> tuple[Iterator[_Example], int, dict[str, Any]]:
+    """`_examples` of a manifest whose clips have several shapes; none is left out by chance."""
+    assert config.path is not None
+    rows = read_manifest(config.path)
+    stride, patch = pipeline.vae.stride, pipeline.config.model.patch
+    assigner = BucketAssigner(rows, buckets, stride=stride, patch=patch, seed=0)
+    reader = ClipReader(rows, buckets, ClipsConfig(start="first"), seed=0)
+    every = [(row, batch.bucket) for batch in once(assigner) for row in batch.rows.tolist()]
+    mine = every[rank::ranks]
+
+    def cut() -> Iterator[_Example]:
+        for row, bucket in mine:
+            with torch.no_grad():
+                latents = pipeline.vae.encode(reader(row, bucket, 0)[None].to(pipeline.device))[0]
+            name, size = f"{row:06d} {rows.paths[row]}", (bucket.height, bucket.width)
+            text = rows.texts[row]
+            yield _Example(row, name, bucket.shape, latents, text, reader.fps(row), size)
+
+    facts = {
+        "manifest": rows.identity[:16],
+        "buckets": buckets.model_dump(mode="json"),
+        "clips": len(every),
+    }
+    return cut(), len(mine), facts
 
 
 def _encoded(pipeline: VideoPipeline, clips: Clips, index: int) -> _Example:

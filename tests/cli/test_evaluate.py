@@ -9,7 +9,7 @@ import pytest
 
 from opensora.cli.main import invoke
 
-SCENES = ("clips.scenes.frames=5", "clips.scenes.height=32", "clips.scenes.width=32")
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 
 def run(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
@@ -131,6 +131,47 @@ def test_the_table_has_a_row_a_checkpoint_in_three_formats(losses, capsys):
     assert out.splitlines()[1] == "|---|---:|---:|---:|---:|"
     out, _ = run(capsys, "eval", "tabulate", *names, "--format", "json")
     assert json.loads(out)[0]["scores"]["loss all loss"]["n"] == 7
+
+
+def test_two_results_of_the_arena_are_compared_by_their_records(world, tmp_path, capsys):
+    for name in ("a", "b"):
+        run(capsys, "eval", world.generator, "-o", tmp_path / name, "--config", TINY / "arena.yaml")
+    out, _ = run(capsys, "eval", "compare", tmp_path / "a", tmp_path / "b")
+    assert any(line.startswith("trained colour") for line in out.splitlines())
+    assert any(line.startswith("untrained colour") for line in out.splitlines())
+    assert "better" not in out
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "figure"),
+    [
+        ("loss", "{cache: CACHE, levels: 2}", "all/loss"),
+        ("vae", "{clips: {path: CLIPS, num: 2}}", "vae/psnr"),
+        (
+            "fvd",
+            "{clips: {path: CLIPS, num: 4}, allow_small_n: true, "
+            "extractor: {side: 32, channels: 8}, sampling: {schedule: {num_steps: 1}}}",
+            "generated/rfvd",
+        ),
+        (
+            "physics",
+            "{scenes: {height: 32, width: 32, frames: 5, fps: 4}, num: 2, "
+            "sampling: {schedule: {num_steps: 1}}}",
+            "generated/score",
+        ),
+    ],
+)
+def test_every_suite_runs_inside_training(suite, settings, figure, world, tmp_path):
+    places = {"CACHE": world.latents / "heldout", "CLIPS": world.heldout}
+    for name, path in places.items():
+        settings = settings.replace(name, f'"{path}"')
+    changes = [f"evaluation={{every: 2, suite: {suite}, settings: {settings}}}", "steps=2"]
+    overrides = [*world.overrides("stdit", tmp_path / "run"), *changes]
+    assert invoke(["train", str(TINY / "stdit.yaml"), *overrides]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (record,) = [r for r in map(json.loads, lines) if r["kind"] == "evaluation"]
+    assert figure in record
+    assert (tmp_path / "run/evaluation/step-000002/values.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

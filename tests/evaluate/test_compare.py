@@ -130,6 +130,9 @@ def test_what_is_no_result_or_several_is_told(tmp_path):
         results.only(tmp_path)
     assert results.only(tmp_path, "vae").suite == "vae"
     assert results.only(tmp_path / "eval" / "vae" / "scores.json").suite == "vae"
+    assert results.only(tmp_path / "checkpoints" / "step-000001", "vae").suite == "vae"
+    with pytest.raises(UsageError, match="has no scores"):
+        results.only(tmp_path / "another run")  # whose neighbour has scores
     (tmp_path / "eval" / "vae" / "values.jsonl").write_text("{torn\n")
     with pytest.raises(DataError, match="is damaged"):
         results.values(results.only(tmp_path, "vae"))

@@ -244,6 +244,30 @@ def test_the_loss_is_the_one_of_training_on_the_same_noise(pipeline, tmp_path):
     assert found["loss_0.75"]["mean"] == pytest.approx(total / 2, rel=1e-4)
 
 
+def test_clips_of_several_shapes_are_told_apart(pipeline, world, tmp_path):
+    rules = {"32px": {9: {"batch_size": 2}, 5: {"batch_size": 2}}}
+    buckets = {"resolutions": rules, "aspect_ratios": ["1:1"], "fps": 8}
+    config = validation_loss.LossConfig.model_validate(
+        {"clips": {"path": world.heldout}, "buckets": buckets, "levels": 2}
+    )
+    found = validation_loss.run(Subject(pipeline), config, tmp_path, silent)
+    assert found["all"]["loss"]["n"] == 7
+    assert found["settings"]["clips"] == 7
+    whole = validation_loss.LossConfig(clips=RealClipsConfig(path=world.heldout), levels=2)
+    one_shape = validation_loss.run(Subject(pipeline), whole, tmp_path, silent)
+    assert found["all"] == one_shape["all"]  # all of them are 5x32x32
+    mixed = tmp_path / "mixed"
+    write_video(mixed / "long.mp4", np.zeros((9, 32, 32, 3), np.uint8), fps=8)
+    write_video(mixed / "short.mp4", render(sample(SCENES, 0, 1)), fps=8)
+    config = validation_loss.LossConfig.model_validate(
+        {"clips": {"path": mixed}, "buckets": buckets, "levels": 2}
+    )
+    both = validation_loss.run(Subject(pipeline), config, tmp_path, silent)
+    assert set(both) == {"all", "9x32x32", "5x32x32", "settings"}
+    losses = [both[group]["loss"]["mean"] for group in ("all", "9x32x32", "5x32x32")]
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2)
+
+
 def test_latents_of_another_vae_are_refused(world, tmp_path):
     config = validation_loss.LossConfig(cache=world.latents / "heldout")
     with pytest.raises(DataError, match="made by another encoder"):
