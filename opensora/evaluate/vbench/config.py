@@ -65,19 +65,30 @@ class JudgingConfig(Config):
     )
 
 
-class VBenchConfig(JudgingConfig):
-    """VBench v1, sixteen dimensions: the drawing, then the judging."""
+class DrawingConfig(JudgingConfig):
+    """How videos are drawn, where a model is given; the part that both suites share."""
 
     seed: int = Field(default=0, ge=0, lt=2**32, description="all seeds follow from it")
+    sampling: SamplingConfig = SamplingConfig()
+    negative_prompt: str = Field(default="", description="what guidance leads away from")
+    batch_size: int = Field(default=8, ge=1, description="videos drawn at a time")
+
+
+class VBenchConfig(DrawingConfig):
+    """VBench v1, sixteen dimensions: the drawing, then the judging."""
+
     flicker_samples: int = Field(
         default=25,
         ge=1,
         le=100,
         description="videos of a prompt of temporal_flickering; its first five static ones count",
     )
-    sampling: SamplingConfig = SamplingConfig()
-    negative_prompt: str = Field(default="", description="what guidance leads away from")
-    batch_size: int = Field(default=8, ge=1, description="videos drawn at a time")
+    rewritten: str | None = Field(
+        default=None,
+        description="what the model is told in place of each prompt: a text with a line for each "
+        "entry of the prompt file, such as VBench's all_dimension_longer.txt, or JSON "
+        "{prompt: text}; files keep the names of the prompts",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> VBenchConfig:
@@ -85,17 +96,24 @@ class VBenchConfig(JudgingConfig):
         return self
 
 
-DRAWING = frozenset({"seed", "sampling", "negative_prompt", "batch_size"})
-"""Settings that mean nothing for finished videos."""
+class I2VConfig(DrawingConfig):
+    """VBench-I2V: three dimensions of its own and seven shared ones."""
 
-
-class I2VConfig(JudgingConfig):
-    """VBench-I2V on finished videos: three dimensions of its own and seven shared ones."""
+    pictures: str | None = Field(
+        default=None,
+        description="folder of the benchmark's pictures, from which a model's videos begin",
+    )
 
     @model_validator(mode="after")
     def _known(self) -> I2VConfig:
         _check(self.dimensions, names("i2v"))
         return self
+
+
+DRAWING = frozenset({*DrawingConfig.model_fields, "rewritten", "pictures"}) - frozenset(
+    JudgingConfig.model_fields
+)
+"""Settings that mean nothing for finished videos."""
 
 
 def _check(asked: tuple[str, ...], known: tuple[str, ...]) -> None:

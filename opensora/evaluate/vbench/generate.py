@@ -6,14 +6,15 @@ subsets nor the order of prompts change a video. A stopped call is completed by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opensora.errors import DataError
-from opensora.evaluate.vbench.config import VBenchConfig
+from opensora.evaluate.vbench.config import DrawingConfig
 from opensora.evaluate.vbench.prompts import Entry, file_name, refuse_collisions
 from opensora.infer import samples
+from opensora.infer.conditions import Reference
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.infer.samples import Job
 from opensora.media.read import read_clip
@@ -42,26 +43,59 @@ def seed_of(seed: int, prompt: str, sample: int) -> int:
     return address(seed, f"vbench {prompt}", sample) >> 10
 
 
-def jobs(known: Sequence[Entry], counts: dict[str, int], seed: int) -> list[Job]:
+def jobs(
+    known: Sequence[Entry],
+    counts: dict[str, int],
+    seed: int,
+    *,
+    rewritten: Mapping[str, str] | None = None,
+    pictures: Path | None = None,
+) -> list[Job]:
     """What to draw.
 
     Args:
         known: all entries of the prompt file; a prompt's place in it names its jobs.
         counts: prompt -> samples, of the prompts that are wanted.
+        rewritten: prompt -> what the model is told; the prompt itself by default.
+        pictures: folder of the files that entries name, with which videos begin.
+
+    Raises:
+        DataError: a picture is not there.
     """
     places = {prompt: i for i, prompt in enumerate(dict.fromkeys(e.prompt for e in known))}
-    return [
-        Job(places[prompt] * STRIDE + sample, prompt, seed_of(seed, prompt, sample))
-        for prompt, count in counts.items()
-        for sample in range(count)
-    ]
+    work = []
+    begins = _beginnings(known, counts, pictures) if pictures is not None else {}
+    for prompt, count in counts.items():
+        told = (rewritten[prompt],) if rewritten is not None else ()
+        for sample in range(count):
+            index, own = places[prompt] * STRIDE + sample, seed_of(seed, prompt, sample)
+            work.append(Job(index, prompt, own, told, begins.get(prompt, ())))
+    return work
+
+
+def _beginnings(
+    known: Sequence[Entry], counts: dict[str, int], folder: Path
+) -> dict[str, tuple[Reference, ...]]:
+    """Prompt -> the picture that its videos begin with."""
+    begins = {}
+    for entry in known:
+        name = entry.raw.get("image_name")
+        if entry.prompt not in counts or entry.prompt in begins:
+            continue
+        if not isinstance(name, str) or not (folder / name).is_file():
+            raise DataError(
+                f"the picture '{name}' of '{entry.prompt}' is not in {folder}: get VBench-I2V's "
+                "pictures (its download_data.sh) and name the folder of the right proportions"
+            )
+        begins[entry.prompt] = (Reference(str(folder / name)),)
+    return begins
 
 
 def draw(
     pipeline: VideoPipeline,
     work: Sequence[Job],
     folder: Path,
-    config: VBenchConfig,
+    config: DrawingConfig,
     *,
     place: Runtime = ALONE,
     progress: Callable[[int, int], None] | None = None,

@@ -10,14 +10,18 @@ from typing import Any
 from opensora.errors import DataError
 from opensora.evaluate.vbench import proxies
 from opensora.evaluate.vbench.dimensions import Dimension, Footage
+from opensora.evaluate.vbench.ledger import Ledger
 from opensora.evaluate.vbench.measures import Measured
 from opensora.evaluate.vbench.prompts import Entry
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.videos import Video
 from opensora.media.read import read_clip
 from opensora.runtime import Runtime
+from opensora.types import Clip
 
 MOTION, SMOOTHNESS = "proxy.motion", "proxy.smoothness"
+PROXIES = {MOTION: proxies.motion, SMOOTHNESS: proxies.smoothness}
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,64 +72,79 @@ def tasks_of(
     }
 
 
-def measure(
-    tasks: Mapping[str, Sequence[Task]],
-    table: Mapping[str, Dimension],
-    tools: Tools,
-    place: Runtime,
-    progress: Callable[[int, int], None],
-    *,
-    with_proxies: bool,
-) -> Judgement:
-    """Measure every task of the dimensions that are measured here; ranks share the videos.
+class Judge:
+    """Measures videos, unless the ledger has what is asked."""
 
-    A video that cannot be read, or not in one dimension, is named and left out of the mean.
-    """
-    plan: dict[Path, list[tuple[str, int, Task]]] = {}
-    for dimension, of_dimension in tasks.items():
-        for order, task in enumerate(of_dimension):
-            plan.setdefault(task.video.path, []).append((dimension, order, task))
-    mine = list(plan.items())[place.rank :: place.world_size]
-    found: list[tuple[str, int, Row]] = []
-    unusable: list[tuple[str, str, str]] = []
-    for number, (path, wanted) in enumerate(mine):
-        try:
-            clip = read_clip(path)
-        except DataError as error:
-            unusable.append((path.name, "", str(error)))
-        else:
-            footage = Footage(clip.frames, clip.fps, {})
-            for dimension, order, task in wanted:
-                if dimension not in table:
-                    continue
-                try:
-                    one = _measured(table[dimension], footage, task, tools)
-                    found.append((dimension, order, Row(task.video, one)))
-                except DataError as error:
-                    unusable.append((path.name, dimension, str(error)))
-            if with_proxies:
-                rank_order = number * place.world_size + place.rank
-                found += _proxies(footage, wanted[0][2].video, rank_order)
-        progress(number + 1, len(mine))
-    gathered = place.gather_objects((found, unusable))
-    everything = [one for part, _ in gathered for one in part]
-    rows: dict[str, list[Row]] = {}
-    for dimension, _, row in sorted(everything, key=lambda one: one[:2]):
-        rows.setdefault(dimension, []).append(row)
-    return Judgement(rows, [one for _, part in gathered for one in part])
+    def __init__(
+        self, table: Mapping[str, Dimension], tools: Tools, ledger: Ledger, *, with_proxies: bool
+    ):
+        self.table, self.tools, self.ledger = table, tools, ledger
+        self.proxies = PROXIES if with_proxies else {}
+
+    def judge(
+        self, tasks: Mapping[str, Sequence[Task]], place: Runtime, progress: Progress
+    ) -> Judgement:
+        """Every task of the dimensions that are measured here; ranks share the videos.
+
+        A video that cannot be read, or not in one dimension, is named and left out of the mean.
+        """
+        plan: dict[Path, list[tuple[str, int, Task]]] = {}
+        for dimension, of_dimension in tasks.items():
+            for order, task in enumerate(of_dimension):
+                plan.setdefault(task.video.path, []).append((dimension, order, task))
+        mine = list(enumerate(plan.values()))[place.rank :: place.world_size]
+        found: list[tuple[str, int, Row]] = []
+        unusable: list[tuple[str, str, str]] = []
+        for number, (order, wanted) in enumerate(mine):
+            asked = [one for one in wanted if one[0] in self.table]
+            asked += [(name, order, Task(wanted[0][2].video)) for name in self.proxies]
+            try:
+                self._video(asked, found, unusable)
+            except DataError as error:
+                unusable.append((wanted[0][2].video.path.name, "", str(error)))
+            progress(number + 1, len(mine))
+        gathered = place.gather_objects((found, unusable))
+        rows: dict[str, list[Row]] = {}
+        for name, _, row in sorted((one for part, _ in gathered for one in part), key=_place):
+            rows.setdefault(name, []).append(row)
+        return Judgement(rows, [one for _, part in gathered for one in part])
+
+    def _video(
+        self,
+        asked: Sequence[tuple[str, int, Task]],
+        found: list[tuple[str, int, Row]],
+        unusable: list[tuple[str, str, str]],
+    ) -> None:
+        """All measures of one video, which is decoded when one of them is new."""
+        clip: Clip | None = None
+        for name, order, task in asked:
+            path = task.video.path
+            try:
+                key = self._key(name, task)
+                measured = self.ledger.get(key)
+                if measured is None:
+                    clip = clip or read_clip(path)
+                    measured = self._measure(name, clip, task)
+                    self.ledger.put(key, measured)
+            except DataError as error:
+                if clip is None:
+                    raise
+                if name not in self.proxies:  # a proxy that does not apply is no loss
+                    unusable.append((path.name, name, str(error)))
+            else:
+                found.append((name, order, Row(task.video, measured)))
+
+    def _key(self, name: str, task: Task) -> str:
+        weights = self.table[name].weights if name in self.table else ()
+        return self.ledger.key(task.video.path, name, weights, task.about)
+
+    def _measure(self, name: str, clip: Clip, task: Task) -> Measured:
+        if name in self.proxies:
+            return Measured(self.proxies[name](clip.frames))
+        measure = self.table[name].measure
+        assert measure is not None, "only dimensions that are measured here are given"
+        return measure(Footage(clip.frames, clip.fps, task.about), self.tools)
 
 
-def _measured(dimension: Dimension, footage: Footage, task: Task, tools: Tools) -> Measured:
-    assert dimension.measure is not None, "only dimensions that are measured here are given"
-    return dimension.measure(Footage(footage.frames, footage.fps, task.about), tools)
-
-
-def _proxies(footage: Footage, video: Video, order: int) -> list[tuple[str, int, Row]]:
-    """Measures without weights; a single picture has none."""
-    if len(footage.frames) < 2:
-        return []
-    rows = [(MOTION, order, Row(video, Measured(proxies.motion(footage.frames))))]
-    smooth = proxies.smoothness(footage.frames)
-    if smooth is not None:
-        rows.append((SMOOTHNESS, order, Row(video, Measured(smooth))))
-    return rows
+def _place(one: tuple[str, int, Row]) -> tuple[str, int]:
+    return one[:2]

@@ -106,6 +106,39 @@ def select(
     return chosen
 
 
+def read_rewritten(path: str | Path, entries: Sequence[Entry]) -> dict[str, str]:
+    """Prompt -> what a model is told in its place.
+
+    Of a prompt that stands twice the first line counts.
+
+    Args:
+        path: a text with one line for each entry, in their order, or JSON {prompt: text}.
+
+    Raises:
+        UsageError: it cannot be read, or has not a text for every prompt.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tree: Any = json.loads(text) if path.suffix.lower() == ".json" else None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the rewritten prompts in {path} cannot be read: {error}") from None
+    if tree is None:
+        lines = [line.strip() for line in text.rstrip().split("\n")]
+        if len(lines) != len(entries):
+            raise UsageError(
+                f"{path} has {len(lines)} lines and the prompt file {len(entries)} entries: give a "
+                "line for each, in the same order"
+            )
+        pairs = zip(entries, lines, strict=True)
+        tree = {entry.prompt: line for entry, line in reversed(list(pairs))}
+    for entry in entries:
+        told = tree.get(entry.prompt) if isinstance(tree, dict) else None
+        if not isinstance(told, str) or not told:
+            raise UsageError(f"{path} has no text for the prompt '{entry.prompt}'")
+    return tree
+
+
 def file_name(prompt: str, sample: int, suffix: str = ".mp4") -> str:
     """The name that VBench looks for: '{prompt}-{sample}.mp4'."""
     return f"{prompt}-{sample}{suffix}"

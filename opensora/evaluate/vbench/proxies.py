@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate, pad
 
+from opensora.errors import DataError
+
 SIDE, BLOCK, REACH = 128, 8, 8
 """Pictures are compared at a shorter side of 128, in blocks of 8, up to 8 pixels away."""
 
@@ -24,7 +26,12 @@ def motion(frames: np.ndarray) -> float:
 
     Args:
         frames: uint8 (F, H, W, 3), F >= 2.
+
+    Raises:
+        DataError: a single frame does not move.
     """
+    if len(frames) < 2:
+        raise DataError("one frame does not move")
     grey = torch.from_numpy(frames).float().mean(-1)[:, None]  # (F, 1, H, W)
     height, width = grey.shape[2:]
     scale = SIDE / min(height, width)
@@ -52,19 +59,21 @@ def _displacements(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return length
 
 
-def smoothness(frames: np.ndarray) -> float | None:
+def smoothness(frames: np.ndarray) -> float:
     """1 - (mean absolute difference of odd frames from the mean of their neighbours) / 255.
 
     The form of VBench's motion_smoothness with an average where it has a learned interpolation.
 
     Args:
-        frames: uint8 (F, H, W, 3).
+        frames: uint8 (F, H, W, 3), F >= 3.
 
-    Returns:
-        None for fewer than three frames.
+    Raises:
+        DataError: no frame lies between two others.
     """
+    if len(frames) < 3:
+        raise DataError("smoothness takes three frames")
     odd = range(1, len(frames) - 1, 2)
     errors = [
         np.abs((frames[i - 1].astype(float) + frames[i + 1]) / 2 - frames[i]).mean() for i in odd
     ]
-    return (255.0 - float(np.mean(errors))) / 255.0 if errors else None
+    return (255.0 - float(np.mean(errors))) / 255.0

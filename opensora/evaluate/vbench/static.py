@@ -14,10 +14,13 @@ from typing import Any
 
 from opensora.errors import DataError, UsageError, did_you_mean
 from opensora.evaluate.vbench import measures
+from opensora.evaluate.vbench.ledger import Ledger
+from opensora.evaluate.vbench.measures import Measured
 from opensora.evaluate.vbench.prompts import READ_SAMPLES
 from opensora.evaluate.vbench.raft import SMALLEST_SIDE
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.videos import Video
+from opensora.evaluate.vbench.weights import RAFT_THINGS
 from opensora.media.read import read_clip
 from opensora.runtime import Runtime
 
@@ -37,16 +40,22 @@ def first_static(
     return kept
 
 
-def by_flow(tools: Tools) -> Callable[[Video], bool]:
+def by_flow(tools: Tools, ledger: Ledger) -> Callable[[Video], bool]:
     """Upstream's rule on RAFT's flow; a video that cannot be read is not static."""
 
     def check(video: Video) -> bool:
+        key = ledger.key(video.path, "static_filter", (RAFT_THINGS,))
+        known = ledger.get(key)
+        if known is not None:
+            return bool(known.value)
         try:
             frames = read_clip(video.path).frames
             found = tools.magnitudes(frames, share=TOP_SHARE, both_ends=True)
         except DataError:  # it is named when its turn to be measured comes, or it never counts
             return False
-        return measures.is_static(found, len(frames), frames.shape[1:3])
+        verdict = measures.is_static(found, len(frames), frames.shape[1:3])
+        ledger.put(key, Measured(float(verdict)))
+        return verdict
 
     return check
 

@@ -18,13 +18,15 @@ from opensora.disk import preflight, replace_file
 from opensora.errors import DataError, UsageError
 from opensora.evaluate.suite import Progress, Results, Subject, Suite
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
-from opensora.evaluate.vbench.config import DRAWING, I2VConfig, JudgingConfig, VBenchConfig
+from opensora.evaluate.vbench.config import DRAWING, DrawingConfig, I2VConfig, VBenchConfig
 from opensora.evaluate.vbench.dimensions import DIMENSIONS, names
+from opensora.evaluate.vbench.ledger import Ledger
 from opensora.evaluate.vbench.prompts import Entry, Version
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.upstream import Delegated, Upstream
 from opensora.evaluate.vbench.videos import Collection, Video
 from opensora.evaluate.vbench.weights import Shelf
+from opensora.infer.samples import Job
 
 log = logging.getLogger("opensora")
 
@@ -34,13 +36,13 @@ class Run:
     """One run of a suite, from its settings to its findings.
 
     Attributes:
-        tools: networks of the dimensions that are measured here.
+        tools: networks of the dimensions that are measured here; `ledger` what was measured.
         known: all entries of the prompt file; `entries` those that the dimensions need.
         skipped: dimension -> why it has no score.
         unfiltered: temporal_flickering had no static filter.
     """
 
-    config: JudgingConfig
+    config: DrawingConfig
     version: Version
     subject: Subject
     output: Path
@@ -55,6 +57,8 @@ class Run:
         shelf = Shelf(Path(folder).expanduser() if folder else None, self.config.download)
         self.tools = Tools(shelf, self.subject.place.device)
         self.upstream = Upstream(self.config.upstream, self.version)
+        preflight(self.output)
+        self.ledger = Ledger(self.output, shelf)
 
     def stage(self, name: str) -> Any:
         """The progress of one stage, as a callable of (done, total)."""
@@ -66,16 +70,14 @@ def _run_v1(subject: Subject, config: VBenchConfig, output: Path, progress: Prog
 
 
 def _run_i2v(subject: Subject, config: I2VConfig, output: Path, progress: Progress) -> Results:
-    if subject.videos is None:
-        raise UsageError(
-            "the suite 'vbench-i2v' judges finished videos: give a folder of them, not a checkpoint"
-        )
+    if subject.videos is None and config.pictures is None:
+        raise UsageError("videos begin with VBench-I2V's pictures: give their folder as pictures")
     return run(subject, config, output, progress, version="i2v")
 
 
 def run(
     subject: Subject,
-    config: JudgingConfig,
+    config: DrawingConfig,
     output: str | Path,
     progress: Progress,
     *,
@@ -94,8 +96,8 @@ def run(
         upstream's dimensions, which the first rank alone waits for.
     """
     one = Run(config, version, subject, Path(output), progress)
+    subject.place.barrier()  # no rank writes into the ledger before all of them have read it
     asked = _dimensions(one)
-    preflight(one.output)
     one.known = prompts.load(version, config.prompts) if config.mode == "standard" else ()
     one.entries = prompts.select(one.known, asked, config.num_prompts)
     folder, collection = _collect(one, asked)
@@ -103,13 +105,9 @@ def run(
     tasks = _tasks(one, asked, collection)
     if "temporal_flickering" in asked:
         _filter(one, tasks)
-    judged = judge.measure(
-        tasks,
-        {name: DIMENSIONS[version][name] for name in here},
-        one.tools,
-        subject.place,
-        one.stage("judging"),
-        with_proxies=config.proxies,
+    table = {name: DIMENSIONS[version][name] for name in here}
+    judged = judge.Judge(table, one.tools, one.ledger, with_proxies=config.proxies).judge(
+        tasks, subject.place, one.stage("judging")
     )
     for name in here:
         if not judged.rows.get(name):
@@ -146,9 +144,8 @@ def _collect(one: Run, asked: Sequence[str]) -> tuple[Path, Collection]:
         one.entries, asked, samples=config.samples_per_prompt, flicker_samples=many
     )
     if subject.videos is None:
-        assert isinstance(config, VBenchConfig), "I2V draws nothing"
         folder = one.output / "samples"
-        work = generate.jobs(one.known, counts, config.seed)
+        work = _jobs(one, counts)
         generate.draw(
             subject.model, work, folder, config, place=subject.place, progress=one.stage("drawing")
         )
@@ -159,6 +156,17 @@ def _collect(one: Run, asked: Sequence[str]) -> tuple[Path, Collection]:
     if config.mode == "custom":
         return subject.videos, videos.by_any_name(subject.videos)
     return subject.videos, videos.by_prompt(subject.videos, one.entries, one.known, counts)
+
+
+def _jobs(one: Run, counts: dict[str, int]) -> list[Job]:
+    """What to draw, with rewritten prompts or pictures where the config names them."""
+    config = one.config
+    rewritten, pictures = None, None
+    if isinstance(config, VBenchConfig) and config.rewritten is not None:
+        rewritten = prompts.read_rewritten(config.rewritten, one.known)
+    if isinstance(config, I2VConfig) and config.pictures is not None:
+        pictures = Path(config.pictures).expanduser()
+    return generate.jobs(one.known, counts, config.seed, rewritten=rewritten, pictures=pictures)
 
 
 def _routes(one: Run, asked: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -219,7 +227,7 @@ def _static_check(one: Run, candidates: Sequence[Video]) -> Any:
     lacking = DIMENSIONS[one.version]["dynamic_degree"].lacking(one.tools.shelf)
     if lacking is not None or not static.large_enough(candidates):
         return None
-    return static.by_flow(one.tools)
+    return static.by_flow(one.tools, one.ledger)
 
 
 def _delegate(

@@ -76,10 +76,10 @@ def markdown(folders: Sequence[str | Path], *, anchors: bool = True) -> str:
         DataError: a folder has no scores, or the runs are of two suites.
     """
     runs = [read(folder) for folder in folders]
-    versions = {version for version, _ in runs} or {"v1"}
+    versions: set[Version] = {version for version, _ in runs} or {"v1"}
     if len(versions) > 1:
         raise DataError("runs of vbench and of vbench-i2v do not fit in one table")
-    version: Version = versions.pop()
+    version = versions.pop()
     lines = [line for _, line in runs] + (published() if anchors and version == "v1" else [])
     head = ["", *(line.name for line in lines)]
     rows = [head, ["---"] * len(head)]

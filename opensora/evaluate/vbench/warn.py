@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora.evaluate.vbench.config import JudgingConfig
+from opensora.evaluate.vbench.config import JudgingConfig, VBenchConfig
 from opensora.evaluate.vbench.judge import MOTION, Judgement, Task
 from opensora.evaluate.vbench.prompts import READ_SAMPLES
 from opensora.evaluate.vbench.videos import Collection
@@ -83,12 +83,16 @@ def _subset(config: JudgingConfig) -> list[str]:
         parts.append("videos of any names")
     if config.prompts is not None:
         parts.append(f"the prompts of {config.prompts}")
+    if isinstance(config, VBenchConfig) and config.rewritten is not None:
+        parts.append("rewritten prompts")
     if config.num_prompts is not None:
         parts.append(f"{config.num_prompts} prompts a dimension")
     if config.samples_per_prompt < READ_SAMPLES:
         parts.append(f"{config.samples_per_prompt} of {READ_SAMPLES} samples a prompt")
     if not parts:
         return []
+    if parts == ["rewritten prompts"]:
+        return ["prompts were rewritten: compare with published scores of rewritten prompts only"]
     return [f"not VBench's protocol ({', '.join(parts)}): do not compare with published scores"]
 
 

@@ -23,11 +23,13 @@ class Painter:
         self.shape = Shape(*size, 8.0)
         self.device = torch.device("cpu")
         self.drawn: list[tuple[str, int]] = []
+        self.given: list = []
 
     def latent_shape(self, shape):
         return (8, 5, 8, 8)
 
-    def __call__(self, prompts, *, seeds, shape, sampling, negative_prompt):
+    def __call__(self, prompts, *, seeds, shape, sampling, negative_prompt, given=None):
+        self.given += given or []
         if self.stop_after is not None and len(self.drawn) >= self.stop_after:
             raise KeyboardInterrupt
         self.drawn += list(zip(prompts, seeds, strict=True))

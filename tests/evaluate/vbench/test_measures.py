@@ -132,4 +132,7 @@ def test_smoothness_is_the_residual_of_an_average():
     assert proxies.smoothness(ramp) == 1
     ramp[1] += 51
     assert proxies.smoothness(ramp) == pytest.approx(1 - 0.2 / 2)
-    assert proxies.smoothness(ramp[:2]) is None
+    with pytest.raises(DataError, match="three frames"):
+        proxies.smoothness(ramp[:2])
+    with pytest.raises(DataError, match="one frame"):
+        proxies.motion(ramp[:1])

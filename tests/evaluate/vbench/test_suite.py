@@ -11,6 +11,7 @@ from opensora.evaluate.suite import Subject
 from opensora.evaluate.vbench.config import I2VConfig, VBenchConfig
 from opensora.evaluate.vbench.suite import I2V_SUITE, SUITE
 from opensora.media.read import read_clip
+from opensora.media.write import write_image
 
 from .conftest import ENTRIES, Painter, moving, slide, still
 
@@ -213,15 +214,84 @@ def test_an_empty_folder_is_refused(tmp_path):
         judge(Subject(videos=tmp_path / "empty"), tmp_path / "out")
 
 
-def test_i2v_judges_a_folder_and_draws_nothing(tmp_path, fill):
+def test_i2v_judges_a_folder(tmp_path, fill):
     name = "a close up of a blue and orange liquid-0.mp4"
     folder = fill(tmp_path / "v", {name: moving("", 1)})
     scores = judge(Subject(videos=folder), tmp_path / "out", suite=I2V_SUITE)
     assert set(scores["vbench"]) == {"temporal_flickering"}
     assert "DreamSim" in scores["settings"]["skipped"]["i2v_background"]
     assert scores["settings"]["suite"] == "vbench-i2v"
-    with pytest.raises(UsageError, match="give a folder"):
+    with pytest.raises(UsageError, match="give their folder as pictures"):
         judge(Subject(Painter(moving)), tmp_path / "out", suite=I2V_SUITE)
+
+
+def test_i2v_draws_videos_that_begin_with_the_pictures(tmp_path):
+    entries = [
+        {
+            "prompt_en": f"a cup {i}",
+            "dimension": ["i2v_subject", "temporal_flickering"],
+            "image_name": f"cup {i}.png",
+        }
+        for i in range(2)
+    ]
+    prompts, pictures = tmp_path / "p.json", tmp_path / "pictures"
+    prompts.write_text(json.dumps(entries))
+    write_image(pictures / "cup 0.png", slide(1, 32, 48, 0, seed=7)[0])
+    settings = {"prompts": str(prompts), "samples_per_prompt": 1, "pictures": str(pictures)}
+    painter = Painter(moving)
+    with pytest.raises(DataError, match=r"'cup 1\.png' of 'a cup 1' is not in"):
+        judge(Subject(painter), tmp_path / "out", suite=I2V_SUITE, **settings)
+    assert painter.drawn == []
+    write_image(pictures / "cup 1.png", slide(1, 32, 48, 0, seed=8)[0])
+    judge(Subject(painter), tmp_path / "out", suite=I2V_SUITE, **settings)
+    assert {p.name for p in (tmp_path / "out/samples").glob("*.mp4")} == {
+        "a cup 0-0.mp4",
+        "a cup 1-0.mp4",
+    }
+    for number, (given,) in enumerate(painter.given):
+        assert (given.frames == slide(1, 32, 48, 0, seed=7 + number)).all()
+        assert given.at == 0
+
+
+def test_rewritten_prompts_are_told_and_files_keep_the_old_names(tmp_path, prompts_file):
+    told = [f"a long story of {i}" for i in range(len(ENTRIES))]
+    text = tmp_path / "longer.txt"
+    text.write_text("\n".join(told) + "\n")
+    listed = tmp_path / "longer.json"
+    listed.write_text(
+        json.dumps({e["prompt_en"]: t for e, t in zip(ENTRIES[:4], told, strict=False)})
+    )
+    for path in (text, listed):
+        painter = Painter(moving)
+        out = tmp_path / path.suffix
+        scores = judge(
+            Subject(painter),
+            out,
+            prompts=str(prompts_file),
+            samples_per_prompt=1,
+            flicker_samples=1,
+            rewritten=str(path),
+        )
+        assert [prompt for prompt, _ in painter.drawn] == told[:4]
+        names = {p.stem for p in (out / "samples").glob("*.mp4")}
+        assert names == {f"{e['prompt_en']}-0" for e in ENTRIES}
+        assert any("rewritten prompts" in text for text in scores["settings"]["warnings"])
+
+
+def test_rewritten_prompts_that_do_not_fit_are_refused(tmp_path, prompts_file):
+    path = tmp_path / "longer.txt"
+    settings = {"prompts": str(prompts_file), "samples_per_prompt": 1}
+    for content, message in (
+        ("one\ntwo\n", "has 2 lines and the prompt file 5 entries"),
+        ("one\n\ntwo\nthree\nfour\n", "no text for the prompt 'a person swimming"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=message):
+            judge(Subject(Painter(moving)), tmp_path / "o", rewritten=str(path), **settings)
+    path = tmp_path / "longer.json"
+    path.write_text(json.dumps({ENTRIES[0]["prompt_en"]: "x"}))
+    with pytest.raises(UsageError, match="no text for the prompt 'a person swimming"):
+        judge(Subject(Painter(moving)), tmp_path / "o", rewritten=str(path), **settings)
 
 
 def test_the_command_line_knows_both_suites():
