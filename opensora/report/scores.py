@@ -13,7 +13,7 @@ from opensora.report.json_text import pretty
 from opensora.report.markup import Markup, element, join
 from opensora.report.reading import mapping
 from opensora.report.scale import Axis, figure, fit_axis
-from opensora.report.words import plain, relative, title
+from opensora.report.words import plain, plural, relative, title
 
 HEADLINES = ("colour", "direction", "count", "shape")
 ORDER = ("trained", "shuffled", "untrained", "vae", "truth")
@@ -54,7 +54,7 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
         _table(scores, main, groups, looks),
         element(
             "details",
-            element("summary", f"{len(rest)} more measures"),
+            element("summary", plural(len(rest), "more measure")),
             _table(scores, rest, groups, looks),
             class_="more",
         )
