@@ -32,7 +32,7 @@ OWNERS = {
     "av": {"media"},
     "decord": {"media"},
     "PIL": {"media"},
-    "transformers": {"text", "evaluate/vbench/extractors.py"},
+    "transformers": {"text", "evaluate/features.py", "evaluate/vbench/extractors.py"},
     "tokenizers": {"text"},
     "diffusers": {"interop", "vae"},
     "xformers": {"ops/kernels.py"},

@@ -14,16 +14,21 @@ from opensora.cli.progress import Stages
 from opensora.data.folder import SUFFIXES
 from opensora.engine import checkpoint as checkpoints
 from opensora.errors import UsageError, did_you_mean
-from opensora.evaluate import arena
-from opensora.evaluate.suite import Results, Subject, Suite, groups
+from opensora.evaluate import arena, fidelity, fvd, physics, validation_loss
+from opensora.evaluate.suite import Autoencoder, Results, Subject, Suite, groups
 from opensora.evaluate.vbench import suite as vbench
-from opensora.infer.pipeline import VideoPipeline
+from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.runtime import Runtime
+from opensora.train.text_to_video import load_vae
 
 SUITES: dict[str, Suite] = {
     "arena": arena.SUITE,
     "vbench": vbench.SUITE,
     "vbench-i2v": vbench.I2V_SUITE,
+    "fvd": fvd.SUITE,
+    "physics": physics.SUITE,
+    "vae": fidelity.SUITE,
+    "loss": validation_loss.SUITE,
 }
 
 
@@ -68,8 +73,17 @@ def subject_of(path: Path, place: Runtime) -> tuple[Subject, Path]:
     if videos and not checkpoints.committed(path / "checkpoints"):
         return Subject(videos=path, place=place), path
     folder = checkpoints.find(path)
+    if checkpoints.read_config(folder)["task"].get("kind") == "autoencoder":
+        return Subject(place=place, alone=_autoencoder(folder, place)), folder.parent.parent
     trained = VideoPipeline.from_pretrained(folder).to(place.device)
     return Subject(trained, fresh=partial(fresh, trained), place=place), folder.parent.parent
+
+
+def _autoencoder(folder: Path, place: Runtime) -> Autoencoder:
+    """The VAE of a checkpoint of its own training."""
+    vae = load_vae(folder).to(place.device)
+    shape = checkpoints.load(folder, parts=()).progress["shape"]
+    return Autoencoder(vae, Shape(**shape), checkpoints.identity(vae.state_dict()))
 
 
 def fresh(trained: VideoPipeline) -> VideoPipeline:
@@ -90,14 +104,23 @@ def fresh(trained: VideoPipeline) -> VideoPipeline:
 
 
 def print_table(results: Results, columns: tuple[str, ...] = ()) -> None:
-    """Means with their 95 % intervals, a row a group."""
+    """Means with their 95 % intervals, a row a group; columns that no group has are left out."""
     found = groups(results)
-    metrics = columns or tuple(dict.fromkeys(m for group in found.values() for m in group))
-    print(f"{'':24}" + "".join(f"{metric:>20}" for metric in metrics))
-    for name, group in found.items():
-        cells = []
-        for metric in metrics:
-            value = group.get(metric)
-            text = f"{value['mean']:.2f} [{value['low']:.2f} {value['high']:.2f}]" if value else "-"
-            cells.append(f"{text:>20}")
-        print(f"{name:24}" + "".join(cells))
+    present = dict.fromkeys(m for group in found.values() for m in group)
+    metrics = [m for m in columns if m in present] or list(present)
+    cells = {name: [_cell(group.get(m)) for m in metrics] for name, group in found.items()}
+    widths = [
+        max(18, len(metric), *(len(row[i]) for row in cells.values())) + 2
+        for i, metric in enumerate(metrics)
+    ]
+    for name, row in {"": metrics, **cells}.items():
+        print(f"{name:24}" + "".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)))
+
+
+def _cell(value: dict[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    numbers = (value["mean"], value["low"], value["high"])
+    small = 0 < abs(value["mean"]) < 0.1
+    mean, low, high = (f"{x:.2g}" if small else f"{x:.2f}" for x in numbers)
+    return f"{mean} [{low} {high}]"

@@ -1,4 +1,4 @@
-"""Commands that run something: train, encode, eval, report.
+"""Commands that run something: train, encode, report.
 
 What can be refused without torch is refused before torch is imported, which takes seconds.
 """
@@ -6,7 +6,6 @@ What can be refused without torch is refused before torch is imported, which tak
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -22,7 +21,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file to the application."""
     for function in (train, encode, sample):
         app.command()(function)
-    app.command("eval")(evaluate)
     app.command()(report)
 
 
@@ -63,22 +61,6 @@ def encode(
     from opensora.cli.encoding import EncodeConfig, run
 
     run(configs.validate(EncodeConfig, tree, where=str(config)))
-
-
-def evaluate(
-    checkpoint: Path = typer.Argument(..., help="run, checkpoints folder or checkpoint"),
-    suite: str = typer.Option("arena", help="what to measure: arena"),
-    output: Path = typer.Option(None, "--output", "-o", help="folder; beside the run by default"),
-    config: Path = typer.Option(None, "--config", help="YAML with the suite's settings"),
-    overrides: list[str] = Overrides,
-    device: str = typer.Option("auto", help="auto, cpu, cuda, mps"),
-) -> None:
-    """Judge a checkpoint beside its controls."""
-    tree: dict[str, Any] = {} if config is None else configs.read(config)
-    tree = configs.override(tree, overrides or [])
-    from opensora.cli.judging import run
-
-    run(checkpoint, suite, tree, str(config or "eval"), output, device)
 
 
 def report(

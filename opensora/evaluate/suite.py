@@ -1,51 +1,95 @@
 """What a suite of evaluation is: something to judge, settings, and scores that are written down.
 
 `scores.json` is what every suite leaves: group -> metric -> {mean, low, high, n} with 95 %
-bootstrap intervals, beside `targets` and `settings`, which are no groups.
+bootstrap intervals, beside `targets`, `settings` and `curves`, which are no groups. `values.jsonl`
+beside it has the values of every sample, so that two results can be compared pair by pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora.arena.score import aggregate
 from opensora.config import Config
+from opensora.disk import replace_file
 from opensora.errors import UsageError
-from opensora.infer.pipeline import VideoPipeline
+from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.runtime import ALONE, Runtime
+from opensora.vae.causal import CausalVAE
 
 Progress = Callable[[str, int, int], None]
 Results = dict[str, Any]
+Estimates = dict[str, dict[str, float]]
+
+SCORES_NAME = "scores.json"
+VALUES_NAME = "values.jsonl"
+NO_GROUPS = ("targets", "settings", "curves")
+"""Keys of `scores.json` that hold no group of metrics."""
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A VAE by itself.
+
+    Attributes:
+        shape: what it was trained on.
+        fingerprint: digest of its weights.
+    """
+
+    vae: CausalVAE
+    shape: Shape
+    fingerprint: str
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: a model that draws, or a folder of videos that are there already.
+    """What is judged: a model that draws, a VAE, or a folder of videos that are there already.
 
     Attributes:
-        pipeline: None where finished videos are judged.
+        pipeline: None where finished videos are judged, or a VAE.
         videos: a folder of them; None where the pipeline draws.
         fresh: makes the same architecture with weights as they were before training.
         place: ranks share the drawing where a suite allows it.
+        alone: the VAE of a checkpoint of the task autoencoder.
     """
 
     pipeline: VideoPipeline | None = None
     videos: Path | None = None
     fresh: Callable[[], VideoPipeline] | None = None
     place: Runtime = ALONE
+    alone: Autoencoder | None = None
 
     @property
     def model(self) -> VideoPipeline:
         """The pipeline.
 
         Raises:
-            UsageError: a folder of videos was given.
+            UsageError: a folder of videos was given, or a checkpoint that draws nothing.
         """
         if self.pipeline is None:
-            raise UsageError(f"this suite draws its videos: give a checkpoint, not {self.videos}")
+            given = "one of a VAE alone" if self.alone else str(self.videos)
+            raise UsageError(
+                f"this suite draws its videos: give a checkpoint of the task text_to_video, not "
+                f"{given}"
+            )
         return self.pipeline
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The VAE, by itself or of the pipeline.
+
+        Raises:
+            UsageError: a folder of videos was given.
+        """
+        if self.alone is not None:
+            return self.alone
+        if self.pipeline is None:
+            raise UsageError(f"this suite judges a VAE: give a checkpoint, not {self.videos}")
+        return Autoencoder(self.pipeline.vae, self.pipeline.shape, self.pipeline.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -63,6 +107,62 @@ class Suite:
     columns: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Row:
+    """The values of one sample; `sample` names it within its group, the same in every run."""
+
+    group: str
+    sample: str
+    values: Mapping[str, float]
+
+
 def groups(results: Results) -> dict[str, dict[str, dict[str, float]]]:
     """The groups of metrics in what a suite found."""
-    return {name: group for name, group in results.items() if name not in ("targets", "settings")}
+    return {name: group for name, group in results.items() if name not in NO_GROUPS}
+
+
+def write(
+    output: Path,
+    rows: Sequence[Row],
+    *,
+    settings: Mapping[str, Any],
+    estimates: Mapping[str, Estimates] | None = None,
+    curves: Mapping[str, Any] | None = None,
+) -> Results:
+    """Write `values.jsonl` and then `scores.json`.
+
+    Args:
+        rows: whose means with bootstrap intervals become the groups, in the order of their names.
+        settings: the suite, the digest of the weights, and whatever the numbers depend on (JSON).
+        estimates: groups -> metrics that are no means over samples; added to those of the rows.
+        curves: whatever else a reader should see.
+
+    Returns:
+        What `scores.json` holds.
+    """
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(row.group for row in rows):
+        found[name] = aggregate([row.values for row in rows if row.group == name])
+    for name, group in (estimates or {}).items():
+        found[name] = {**found.get(name, {}), **group}
+    results: Results = {**found, **({"curves": dict(curves)} if curves else {})}
+    results["settings"] = dict(settings)
+    lines = [
+        json.dumps({"group": r.group, "id": r.sample, "values": dict(r.values)}, ensure_ascii=False)
+        for r in rows
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    replace_file(output / VALUES_NAME, "".join(line + "\n" for line in lines).encode())
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    replace_file(output / SCORES_NAME, text.encode())
+    return json.loads(text)
+
+
+def alone(subject: Subject, name: str) -> None:
+    """Refuse several ranks.
+
+    Raises:
+        UsageError: this is one rank of several.
+    """
+    if subject.place.world_size > 1:
+        raise UsageError(f"the suite '{name}' runs in one process: call it without torchrun")

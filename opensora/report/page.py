@@ -152,6 +152,8 @@ def _summary(findings: Findings) -> str:
         parts.append(plural(num_videos, "generated video"))
     if num_clips:
         parts.append(plural(num_clips, "clip") + " of data")
+    if not parts:
+        parts.append(plural(len(findings.scores), "evaluation"))
     words = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     words = words.removeprefix(" and ")
     environments = [findings.environment, *(run.environment for run in findings.runs)]

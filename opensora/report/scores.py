@@ -11,8 +11,9 @@ from opensora.report import charts
 from opensora.report.findings import QUESTIONS, Estimate, Scores, Target
 from opensora.report.json_text import pretty
 from opensora.report.markup import Markup, element, join
+from opensora.report.reading import mapping
 from opensora.report.scale import Axis, figure, fit_axis
-from opensora.report.words import plain, relative, title
+from opensora.report.words import plain, plural, relative, title
 
 HEADLINES = ("colour", "direction", "count", "shape")
 ORDER = ("trained", "shuffled", "untrained", "vae", "truth")
@@ -49,10 +50,11 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
         "article",
         None if single else element("h3", relative(scores.path.parent, root)),
         _verdict(scores),
+        _warnings(scores),
         _table(scores, main, groups, looks),
         element(
             "details",
-            element("summary", f"{len(rest)} more measures"),
+            element("summary", plural(len(rest), "more measure")),
             _table(scores, rest, groups, looks),
             class_="more",
         )
@@ -212,6 +214,15 @@ def _verdict(scores: Scores) -> Markup | None:
     words += f"; missed: {', '.join(missed)}" if missed else ""
     words += f"; {unmeasured} not measured" if unmeasured else ""
     return element("p", words + ".", class_="lead")
+
+
+def _warnings(scores: Scores) -> Markup | None:
+    """What the suite says a reader must know, such as that the videos are still pictures."""
+    found = mapping(scores.facts.get("settings")).get("warnings")
+    found = [str(line) for line in found] if isinstance(found, list) else []
+    if not found:
+        return None
+    return element("ul", [element("li", line) for line in found], class_="warnings")
 
 
 def _facts(scores: Scores) -> Markup | None:

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TERMS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "l1": "L1 error", "vae": "VAE"}
+TERMS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "l1": "L1 error",
+    "vae": "VAE",
+    "mse": "MSE",
+    "mmd": "MMD",
+    "fvd": "FVD",
+    "rfvd": "rFVD",
+    "vbench": "VBench",
+    "spatial_iou": "spatial IoU",
+    "spatiotemporal_iou": "spatiotemporal IoU",
+    "weighted_spatial_iou": "weighted spatial IoU",
+}
 """Keys whose words are more than the key without its underscores."""
 
 TITLES = {
     "kl": "KL divergence",
+    "rfvd": "rFVD",
     "lr_factor": "Learning rate factor",
     "matmul_share": "Share of the machine's matmul rate",
     "opensora": "opensora",

@@ -117,7 +117,7 @@ def test_scores_are_in_the_table_with_their_interval_and_verdict(page):
     assert "2 of 3 targets are met; missed: trained shape." in node.text
     assert len(node.all("svg", role="img")) == 0
     assert [summary.text for summary in node.all("summary")] == [
-        "1 more measures",
+        "1 more measure",
         "How it was measured",
     ]
     assert json.loads(node.one("pre").text) == {"settings": {"suite": "arena", "seed": 1}}
