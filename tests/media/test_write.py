@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -70,6 +72,26 @@ def test_mp4_is_tagged_bt709_limited_and_starts_with_its_index(tmp_path, frames)
         assert context.format.name == "yuv420p"
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
+
+
+def test_bytes_do_not_depend_on_what_freed_memory_holds(tmp_path):
+    """Each process finds another byte everywhere in fresh memory; a smooth scene with B-frames is
+    where x264 was seen to read it."""
+    code = """
+import hashlib, sys
+from opensora.arena.draw import render
+from opensora.arena.scenes import SceneConfig, sample
+from opensora.media.write import write_video
+path = write_video(sys.argv[1], render(sample(SceneConfig(), 0, 3)), fps=8)
+print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+    found = set()
+    for byte in ("1", "85", "170"):
+        command = [sys.executable, "-c", code, str(tmp_path / f"{byte}.mp4")]
+        environment = {**os.environ, "MALLOC_PERTURB_": byte}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path, frames):
