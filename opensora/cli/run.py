@@ -74,6 +74,8 @@ def sample(
     rescale: float = typer.Option(0.0, min=0, max=1, help="guidance rescale"),
     sampler: str = typer.Option("euler", help="euler, heun, dpmpp_2m, ddim, ancestral, renoise"),
     negative: str = typer.Option("", help="negative prompt"),
+    cache: str = typer.Option("off", help="spare work: teacache, first_block, pab, or off"),
+    cache_threshold: float = typer.Option(None, min=0, help="of teacache and first_block"),
     settings: list[str] = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="any key of the sampling config"
     ),
@@ -124,14 +126,16 @@ def sample(
         raise UsageError("give prompts as arguments, or a --file of them")
     from opensora.cli.asked import Frames, Size, Words
     from opensora.cli.sampling import Asked, draw
+    from opensora.cli.speed import cache_tree
 
     guided = {"scale": guidance, "rescale": rescale}
+    spared = cache_tree(cache, cache_threshold)
     asked = Asked(
         Words(texts, file, reference, mask_strategy, aesthetic, motion, camera),
         Frames(first, last, given, keyframe or (), edit, strength, loop, picture_first),
         Size(frames, height, width, fps, resolution, aspect),
         output, seed, per_prompt,
-        {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
+        {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model,
     )  # fmt: skip

@@ -28,6 +28,8 @@ from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
+from opensora.infer.caching.applied import applied
+from opensora.infer.caching.configs import CacheConfig
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
 from opensora.types import Condition
@@ -54,6 +56,9 @@ class SamplingConfig(Config):
     )
     schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
     guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
+    cache: CacheConfig | None = Field(
+        default=None, description="spares work from step to step; None computes every step"
+    )
 
 
 @dataclass(frozen=True)
@@ -323,14 +328,19 @@ class VideoPipeline:
         fresh: Fresh | None = None,
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
+        if self.team is not None and sampling.cache is not None:
+            raise UsageError("sampling.cache does not go with ranks that share a video")
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
             guide.after(step)
+            if cache is not None:
+                cache.tick()
             if callback is not None:
                 callback(step, x, data)
 
         sampler = SAMPLERS[sampling.sampler]
-        return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
+        with applied(self.model, sampling.cache) as cache:
+            return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
