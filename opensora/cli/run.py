@@ -76,6 +76,10 @@ def sample(
     negative: str = typer.Option("", help="negative prompt"),
     cache: str = typer.Option("off", help="spare work: teacache, first_block, pab, or off"),
     cache_threshold: float = typer.Option(None, min=0, help="of teacache and first_block"),
+    offload: bool = typer.Option(False, "--offload", help="weights wait on the host"),
+    quantize: str = typer.Option("none", help="weights of the blocks: int8, fp8, or none"),
+    tile_vae: bool = typer.Option(False, "--tile-vae", help="decode in tiles"),
+    decode_chunk: int = typer.Option(None, min=1, help="latent frames decoded at a time"),
     settings: list[str] = typer.Option(
         None, "--set", metavar="KEY=VALUE", help="any key of the sampling config"
     ),
@@ -126,7 +130,7 @@ def sample(
         raise UsageError("give prompts as arguments, or a --file of them")
     from opensora.cli.asked import Frames, Size, Words
     from opensora.cli.sampling import Asked, draw
-    from opensora.cli.speed import cache_tree
+    from opensora.cli.speed import cache_tree, savings_tree
 
     guided = {"scale": guidance, "rescale": rescale}
     spared = cache_tree(cache, cache_threshold)
@@ -138,6 +142,7 @@ def sample(
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model,
+        savings_tree(offload, quantize, tile_vae, decode_chunk),
     )  # fmt: skip
     draw(checkpoint, asked)
 

@@ -21,3 +21,11 @@ def cache_tree(kind: str, threshold: float | None) -> dict[str, Any] | None:
     if kind == "off":
         return None
     return {"kind": kind} | ({} if threshold is None else {"threshold": threshold})
+
+
+def savings_tree(
+    offload: bool, quantize: str, tile_vae: bool, decode_chunk: int | None
+) -> dict[str, Any]:
+    """The tree of `SavingsConfig`, which is checked there."""
+    decode = {"tile": tile_vae, "chunk": decode_chunk}
+    return {"offload": offload, "quantize": quantize, "decode": decode}

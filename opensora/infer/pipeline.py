@@ -32,6 +32,7 @@ from opensora.infer.caching.applied import applied
 from opensora.infer.caching.configs import CacheConfig
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
+from opensora.infer.savings import DecodeConfig, decode
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -95,6 +96,7 @@ class VideoPipeline:
         weaker: a worse one for the same latents, to guide away from (autoguidance); None guides
             away from the null text.
         team: other ranks that draw the same videos; None draws alone.
+        decoding: how latents become frames.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class VideoPipeline:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.weaker: VideoPipeline | None = None
         self.team: Team | None = None
+        self.decoding = DecodeConfig()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
@@ -210,7 +213,8 @@ class VideoPipeline:
             callback,
             fresh=noise,
         )
-        rows = zip(prompts, seeds, to_uint8(self.vae.decode(latents)), strict=True)
+        pixels = decode(self.vae, latents, self.decoding)
+        rows = zip(prompts, seeds, to_uint8(pixels), strict=True)
         return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
 
     def draw_latents(

@@ -1,6 +1,7 @@
 """A step cache spares work, changes a video a little, and leaves the model as it was."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def walk(model, config, x, predict=None, *, steps=8, first=1.0, given=0):
     predict = predict or partial(_told, model, condition(len(x)))
     levels = torch.linspace(first, 0, steps + 1)
     with torch.no_grad(), applied(model, config) as cache:
-        for here, there in zip(levels[:-1], levels[1:], strict=True):
+        for here, there in pairwise(levels):
             t = here.expand(len(x), x.shape[2]).clone()
             t[:, :given] = 0
             velocity = predict(x, t)

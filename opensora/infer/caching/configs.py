@@ -77,10 +77,16 @@ class TeaCacheConfig(Levels):
     threshold.
 
     The public code (`ali-vilab/TeaCache`) rescales a change by a polynomial that was fitted for
-    each model; the default leaves it as it is.
+    each model; the default leaves it as it is. The other defaults are those of
+    docs/sampling-speed.md.
     """
 
     kind: Literal["teacache"] = "teacache"
+    levels: tuple[float, float] = Field(
+        default=(0.1, 0.95),
+        description="between these levels (both excluded) of the frames that move; the first steps "
+        "and the last ones decide most",
+    )
     threshold: float = Field(default=0.1, ge=0.0, description="sum of changes; 0 is off")
     coefficients: tuple[float, ...] = Field(
         default=(1.0, 0.0),
