@@ -39,6 +39,7 @@ OWNERS = {
     "flash_attn": {"ops/kernels.py"},
     "deepspeed": {"engine/deepspeed.py"},
     "colossalai": {"engine/colossal.py"},
+    "torchao": {"infer/quantize.py"},
     "ray": {"curate/pipeline.py"},
     "pyarrow": {"data"},
     "wandb": {"train/tracking.py"},

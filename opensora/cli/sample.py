@@ -30,6 +30,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="any key of the sampling config"),
 ]
+Cache = Annotated[str, typer.Option(help="spare work: teacache, first_block, pab, or off")]
+CacheThreshold = Annotated[float | None, typer.Option(min=0, help="of teacache and first_block")]
 GuideWith = Annotated[Path | None, typer.Option(help="worse checkpoint to guide away from")]
 
 # Frames that are given.
@@ -73,6 +75,10 @@ RefineModel = Annotated[str, typer.Option(help="the API's name of the model")]
 BatchSize = Annotated[int, typer.Option(min=1, help="videos at a time; changes no video")]
 Format = Annotated[str, typer.Option(help="mp4, gif, webm, or png for the first frame")]
 Grid = Annotated[bool, typer.Option("--grid", help="also a picture of all of them, grid.png")]
+Offload = Annotated[bool, typer.Option("--offload", help="weights wait on the host")]
+Quantize = Annotated[str, typer.Option(help="weights of the blocks: int8, fp8, or none")]
+TileVae = Annotated[bool, typer.Option("--tile-vae", help="decode in tiles")]
+DecodeChunk = Annotated[int | None, typer.Option(min=1, help="latent frames decoded at a time")]
 RawWeights = Annotated[bool, typer.Option(help="the last weights rather than their average")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
 Attention = Annotated[str, typer.Option(help="auto, or a backend that `opensora doctor` finds")]
@@ -98,6 +104,8 @@ def sample(
     sampler: Sampler = "euler",
     negative: Negative = "",
     settings: Settings = None,
+    cache: Cache = "off",
+    cache_threshold: CacheThreshold = None,
     guide_with: GuideWith = None,
     first: First = None,
     last: Last = None,
@@ -125,6 +133,10 @@ def sample(
     batch_size: BatchSize = 8,
     format: Format = "mp4",
     grid: Grid = False,
+    offload: Offload = False,
+    quantize: Quantize = "none",
+    tile_vae: TileVae = False,
+    decode_chunk: DecodeChunk = None,
     raw_weights: RawWeights = False,
     device: Device = "auto",
     attention: Attention = "auto",
@@ -136,15 +148,18 @@ def sample(
         raise UsageError("give prompts as arguments, or a --file of them")
     from opensora.cli.asked import Frames, Size, Words
     from opensora.cli.sampling import Asked, draw
+    from opensora.cli.speed import cache_tree, savings_tree
 
     guided = {"scale": guidance, "rescale": rescale}
+    spared = cache_tree(cache, cache_threshold)
     asked = Asked(
         Words(texts, file, reference, mask_strategy, aesthetic, motion, camera),
         Frames(first, last, given, keyframe or (), edit, strength, loop, picture_first),
         Size(frames, height, width, fps, resolution, aspect),
         output, seed, per_prompt,
-        {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided},
+        {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
         negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model, grid,
+        savings_tree(offload, quantize, tile_vae, decode_chunk),
     )  # fmt: skip
     draw(checkpoint, asked)

@@ -22,6 +22,8 @@ from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line
+from opensora.infer.savings import SavingsConfig
+from opensora.infer.savings import place as put
 from opensora.media.picture import is_picture, read_picture
 from opensora.media.read import read_clip
 from opensora.media.sheet import contact_sheet
@@ -54,6 +56,7 @@ class Asked:
         share: what ranks share.
         grid: write `grid.png`, a row of frames for each video, or all pictures.
         refine: endpoint or folder of a language model that writes prompts out.
+        savings: tree of `SavingsConfig`.
     """
 
     words: Words
@@ -77,17 +80,20 @@ class Asked:
     refine: str = ""
     refine_model: str = ""
     grid: bool = False
+    savings: dict[str, Any] = field(default_factory=dict)
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
     """What `opensora sample` does."""
     settings = _checked(asked)
+    savings = configs.validate(SavingsConfig, asked.savings, where="sample")
     lines = asked.words.read()
     place = runtime.start(asked.device)
     try:
         lines = asked.words.said(lines, refined(asked, lines, place))
         load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
-        pipeline = load(checkpoint).to(place.device)
+        pipeline = load(checkpoint)
+        put(pipeline, savings, place.device)
         if asked.weaker is not None:
             pipeline.weaker = load(asked.weaker).to(place.device)
         model = pipeline.config.model

@@ -28,8 +28,11 @@ from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
+from opensora.infer.caching.applied import applied
+from opensora.infer.caching.configs import CacheConfig
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
+from opensora.infer.savings import DecodeConfig, decode
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -54,6 +57,9 @@ class SamplingConfig(Config):
     )
     schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
     guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
+    cache: CacheConfig | None = Field(
+        default=None, description="spares work from step to step; None computes every step"
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class VideoPipeline:
         weaker: a worse one for the same latents, to guide away from (autoguidance); None guides
             away from the null text.
         team: other ranks that draw the same videos; None draws alone.
+        decoding: how latents become frames.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class VideoPipeline:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.weaker: VideoPipeline | None = None
         self.team: Team | None = None
+        self.decoding = DecodeConfig()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
@@ -205,7 +213,8 @@ class VideoPipeline:
             callback,
             fresh=noise,
         )
-        rows = zip(prompts, seeds, to_uint8(self.vae.decode(latents)), strict=True)
+        pixels = decode(self.vae, latents, self.decoding)
+        rows = zip(prompts, seeds, to_uint8(pixels), strict=True)
         return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
 
     def draw_latents(
@@ -323,14 +332,19 @@ class VideoPipeline:
         fresh: Fresh | None = None,
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
+        if self.team is not None and sampling.cache is not None:
+            raise UsageError("sampling.cache does not go with ranks that share a video")
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
             guide.after(step)
+            if cache is not None:
+                cache.tick()
             if callback is not None:
                 callback(step, x, data)
 
         sampler = SAMPLERS[sampling.sampler]
-        return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
+        with applied(self.model, sampling.cache) as cache:
+            return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):

@@ -1,0 +1,1 @@
+"""Step caches: what a denoiser computed at one step, used again at the next ones."""

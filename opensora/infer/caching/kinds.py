@@ -1,0 +1,129 @@
+"""What caches need to know of each kind of model: its pairs of blocks, some of them at a time, and
+what changes first when the level does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from opensora.errors import UsageError
+from opensora.models import mmdit, stdit
+from opensora.models.mmdit import MMDiT
+from opensora.models.stdit import STDiT
+from opensora.ops.layers import modulate
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        through: (model, stream, pairs) -> the stream after those pairs of blocks.
+        leave: (model, stream) -> (B, C, T, H, W).
+        modulated: (model, stream) -> (B, T, N, D), the normed and modulated tokens that the first
+            block's attention sees.
+        layers: (model) -> for each kind of layer that can be broadcast, its modules block by block.
+    """
+
+    through: Callable[[Any, Any, slice], Any]
+    leave: Callable[[Any, Any], Tensor]
+    modulated: Callable[[Any, Any], Tensor]
+    layers: Callable[[Any], dict[str, list[list[nn.Module]]]]
+
+
+def _stdit_through(model: STDiT, stream: stdit.Stream, pairs: slice) -> stdit.Stream:
+    rest = (stream.text, stream.mask, stream.modulation, stream.places)
+
+    def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
+        return temporal(spatial(tokens, *rest), *rest)
+
+    tokens = stream.tokens
+    for blocks in model.pairs[pairs]:
+        tokens = model.group(pair, tokens, *blocks)
+    return replace(stream, tokens=tokens)
+
+
+def _stdit_modulated(model: STDiT, stream: stdit.Stream) -> Tensor:
+    block: Any = model.blocks[0]
+    modulation = (stream.modulation + block.scale_shift_table).unsqueeze(3)  # B T 6 1 D
+    shift, scale = modulation[:, :, 0], modulation[:, :, 1]
+    return modulate(block.norm1(stream.tokens).to(stream.tokens.dtype), shift, scale)
+
+
+def _stdit_layers(model: Any) -> dict[str, list[list[nn.Module]]]:
+    return {
+        "spatial": [[block.attn] for block in model.spatial_blocks],
+        "temporal": [[block.attn] for block in model.temporal_blocks],
+        "cross": [[block.cross_attn] for block in model.blocks],
+        "mlp": [[block.mlp] for block in model.blocks],
+    }
+
+
+def _mmdit_through(model: MMDiT, stream: mmdit.Stream, pairs: slice) -> mmdit.Stream:
+    def pair(tokens: Tensor, text: Tensor, *blocks: nn.Module) -> mmdit.Both:
+        for block in blocks:
+            tokens, text = block(tokens, text, stream.mask, stream.level, stream.places)
+        return tokens, text
+
+    tokens, text = stream.tokens, stream.text
+    for blocks in model.pairs[pairs]:
+        tokens, text = model.group(pair, tokens, text, *blocks)
+    return replace(stream, tokens=tokens, text=text)
+
+
+def _mmdit_modulated(model: MMDiT, stream: mmdit.Stream) -> Tensor:
+    block: Any = model.blocks[0]
+    shift, scale = (
+        block.mod(stream.level[:, 1:])
+        .unsqueeze(2)
+        .tensor_split(block.mod.out_features // model.config.width, dim=-1)[:2]
+    )  # B T 1 D each
+    return modulate(block.norm(stream.tokens), shift, scale)
+
+
+def _mmdit_layers(model: Any) -> dict[str, list[list[nn.Module]]]:
+    double, single = list(model.double_blocks), list(model.single_blocks)
+    return {
+        "joint": [[b.attn, b.text_attn] for b in double] + [[b.attn] for b in single],
+        "mlp": [[b.mlp, b.text_mlp] for b in double] + [[b.mlp] for b in single],
+    }
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    STDiT: Kind(
+        _stdit_through,
+        lambda model, stream: model.leave(stream.tokens, stream.level, stream.places.grid),
+        _stdit_modulated,
+        _stdit_layers,
+    ),
+    MMDiT: Kind(
+        _mmdit_through,
+        lambda model, stream: model.leave(stream),
+        _mmdit_modulated,
+        _mmdit_layers,
+    ),
+}
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What is known of a model.
+
+    Raises:
+        UsageError: nothing is.
+    """
+    for known, kind in KINDS.items():
+        if isinstance(model, known):
+            return kind
+    names = ", ".join(known.__name__ for known in KINDS)
+    raise UsageError(
+        f"sampling.cache: {type(model).__name__} has no step cache, only {names} have: leave it out"
+    )
+
+
+def rows_of(stream: Any, rows: Tensor) -> Any:
+    """The stream of some samples, by their indices (int64)."""
+    values = {f.name: getattr(stream, f.name) for f in fields(stream)}
+    return replace(stream, **{k: v[rows] for k, v in values.items() if isinstance(v, Tensor)})

@@ -1,0 +1,72 @@
+"""Less memory for a pipeline: what is streamed, what is made smaller, how a video is decoded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from opensora.config import Config
+from opensora.infer import offload
+from opensora.infer.quantize import quantize
+from opensora.vae.tiling import VAE, TilingConfig, decode_tiled
+
+if TYPE_CHECKING:
+    from opensora.infer.pipeline import VideoPipeline
+
+
+class DecodeConfig(Config):
+    """How latents become frames."""
+
+    tile: bool = Field(
+        default=False,
+        description="in overlapping tiles, in memory that does not grow with the picture; equal to "
+        "the whole up to the edges of tiles (`vae.tiling`)",
+    )
+    chunk: int | None = Field(
+        default=None, ge=1, description="latent frames at a time, exactly; None: all"
+    )
+    tiling: TilingConfig = TilingConfig()
+
+
+class SavingsConfig(Config):
+    """What is done so that a video fits a device."""
+
+    offload: bool = Field(
+        default=False, description="weights wait on the host and come when they are needed"
+    )
+    ahead: int = Field(default=1, ge=1, description="blocks that offload fetches in advance")
+    quantize: Literal["none", "int8", "fp8"] = Field(
+        default="none", description="weights of the blocks; needs the extra `quantize`"
+    )
+    decode: DecodeConfig = DecodeConfig()
+
+    @model_validator(mode="after")
+    def _used(self) -> SavingsConfig:
+        if self.ahead != 1 and not self.offload:
+            raise ValueError(f"ahead is {self.ahead}, but nothing is fetched: set offload")
+        return self
+
+
+def decode(vae: VAE, latents: Tensor, config: DecodeConfig) -> Tensor:
+    """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1]."""
+    if config.tile:
+        return decode_tiled(vae, latents, tiling=config.tiling, chunk=config.chunk)
+    return vae.decode(latents, chunk=config.chunk)
+
+
+def place(pipeline: VideoPipeline, config: SavingsConfig, device: str | torch.device) -> None:
+    """Put a pipeline from the CPU onto a device, in the place of `pipeline.to`.
+
+    Its fingerprint says how weights were rounded, so that samples are not taken for others.
+    """
+    if config.quantize != "none":
+        quantize(pipeline.model, config.quantize)
+        pipeline.fingerprint = f"{pipeline.fingerprint} {config.quantize}".strip()
+    pipeline.decoding = config.decode
+    if config.offload:
+        offload.apply(pipeline, device, ahead=config.ahead)
+    else:
+        pipeline.to(device)
