@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from opensora import __version__, interrupts
-from opensora.cli import checkpoints, data, inspect, run
+from opensora.cli import checkpoints, data, inspect, run, serving
 from opensora.errors import (
     RESTARTABLE,
     OpensoraError,
@@ -41,6 +41,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data", help="Render, probe and check training data.")
 app.add_typer(inspect.config_app, name="config", help="Show configs and their schema.")
 run.register(app)
+serving.register(app)
 inspect.register(app)
 checkpoints.register(app)
 
