@@ -8,7 +8,7 @@ fields and paths: platform.openai.com/docs/api-reference/videos; `step`, `steps`
 # Annotations are evaluated here, because FastAPI reads them and is imported in a function.
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -30,6 +30,7 @@ PAGE = {
     "/": ("opensora.serve", "page.html", "text/html"),
     "/page.css": ("opensora.serve", "page.css", "text/css"),
     "/page.js": ("opensora.serve", "page.js", "text/javascript"),
+    "/icon.svg": ("opensora.serve", "icon.svg", "image/svg+xml"),
     "/report.css": ("opensora.report", "page.css", "text/css"),
 }
 """Path -> package, file and type; the page wears the report's style."""
@@ -135,7 +136,7 @@ def build(service: Service, *, token: str | None = None) -> Shield:
     from starlette.exceptions import HTTPException
 
     @asynccontextmanager
-    async def lifespan(app: Any) -> Any:
+    async def lifespan(app: Any) -> AsyncIterator[None]:
         service.workers.start()
         yield
         service.workers.stop(service.config.shutdown_seconds)
