@@ -23,7 +23,7 @@ from opensora.serve.config import Bounds, ServeConfig
 from opensora.serve.jobs import Job, Store
 from opensora.serve.refusals import Refusal, quoted
 from opensora.serve.request import VideoFields, check
-from opensora.serve.shield import Shield
+from opensora.serve.shield import BROKEN, Shield
 from opensora.serve.workers import Workers
 
 PAGE = {
@@ -155,6 +155,10 @@ def build(service: Service, *, token: str | None = None) -> Shield:
         headers = {k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"}
         return JSONResponse(refusal.body, refusal.status, headers=headers)
 
+    async def broken(request: Any, error: Any) -> JSONResponse:
+        return JSONResponse(Refusal("internal", BROKEN).body, 500)
+
+    app.add_exception_handler(Exception, broken)
     app.add_exception_handler(Refusal, refused)
     app.add_exception_handler(HTTPException, unrouted)
     shield = Shield(app, service.config, token=token, open_paths=OPEN_PATHS)

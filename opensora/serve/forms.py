@@ -22,7 +22,10 @@ async def read(request: Any) -> tuple[dict[str, Any], bytes | None]:
     Raises:
         Refusal: the body is of another type, or is not what its type says.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, options = request.headers.get("content-type", "").lower().partition(";")
+    kind, charset = kind.strip(), options.partition("charset=")[2].partition(";")[0].strip('" ')
+    if charset not in ("", "utf-8", "utf8"):
+        raise Refusal("unsupported_media_type", "send text as utf-8")
     if kind == "application/json":
         tree = parse_json(await request.body())
         if PARAM in tree:

@@ -210,8 +210,9 @@ def _shape(fields: VideoFields, pipeline: VideoPipeline, bounds: Bounds) -> Shap
 
 def _within(name: str, value: float, limit: float, *, what: str | None = None) -> None:
     if value > limit:
+        shown = f"{value:.10g}" if value < 1e18 else "beyond 10^18"  # a float holds no 10^400
         raise Refusal(
             "out_of_bounds",
-            f"`{name}` asks for too much: {what or 'it'} is {value:.10g}; at most {limit:.10g}",
+            f"`{name}` asks for too much: {what or 'it'} is {shown}; at most {limit:.10g}",
             param=name,
         )

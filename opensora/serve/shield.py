@@ -40,6 +40,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
+BROKEN = "the server failed; its log has the reason"
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
@@ -70,10 +71,11 @@ class Shield:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 0
+        status, whole = 0, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
+            whole = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
                 given = {name.lower() for name, _ in message.get("headers", ())}
@@ -90,9 +92,10 @@ class Shield:
             await refuse(refusal, answer)
         except Exception:
             log.exception("a request broke the server")
-            if status:  # half an answer is out: the connection ends here
+            if status and not whole:  # half an answer is out: the connection ends here
                 raise
-            await refuse(Refusal("internal", "the server failed; its log has the reason"), answer)
+            if not status:
+                await refuse(Refusal("internal", BROKEN), answer)
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.answers[method, status] += 1

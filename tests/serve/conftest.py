@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Paced:
 
     Attributes:
         steps: released once for each step that may begin.
+        made: weak references to the frames of each video.
         began: (prompt, step) of each step that began, in order.
     """
 
@@ -40,6 +42,7 @@ class Paced:
         default_factory=lambda: SimpleNamespace(model=SimpleNamespace(patch=(1, 2, 2)))
     )
     began: list[tuple[str, int]] = field(default_factory=list)
+    made: list[weakref.ref] = field(default_factory=list)
     fails: Exception | None = None
 
     def __post_init__(self):
@@ -60,7 +63,10 @@ class Paced:
             if self.fails is not None:
                 raise self.fails
             callback(step, None, None)
-        frames = np.full((shape.num_frames, shape.height, shape.width, 3), seeds[0] % 256, np.uint8)
+        frames: np.ndarray = np.full(
+            (shape.num_frames, shape.height, shape.width, 3), seeds[0] % 256, np.uint8
+        )
+        self.made.append(weakref.ref(frames))
         return [Sample(prompts[0], seeds[0], frames, shape.fps)]
 
 
