@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from opensora import __version__, interrupts
-from opensora.cli import checkpoints, data, evaluate, inspect, run
+from opensora.cli import checkpoints, data, evaluate, inspect, run, serving
 from opensora.errors import (
     RESTARTABLE,
     OpensoraError,
@@ -42,6 +42,7 @@ app.add_typer(data.app, name="data", help="Render, probe and check training data
 app.add_typer(evaluate.app, name="eval", help="Judge checkpoints, compare two, tabulate many.")
 app.add_typer(inspect.config_app, name="config", help="Show configs and their schema.")
 run.register(app)
+serving.register(app)
 inspect.register(app)
 checkpoints.register(app)
 

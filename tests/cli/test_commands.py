@@ -28,6 +28,7 @@ COMMANDS = [
     ["eval", "run"],
     ["eval", "compare"],
     ["eval", "tabulate"],
+    ["serve"],
     ["report"],
     ["doctor"],
     ["plan"],
