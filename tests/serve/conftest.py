@@ -59,7 +59,7 @@ class Paced:
             self.began.append((prompts[0], step))
             self.arrived.release()
             if not self.free:
-                assert self.steps.acquire(timeout=60)
+                assert self.steps.acquire(timeout=180)
             if self.fails is not None:
                 raise self.fails
             callback(step, None, None)
@@ -100,7 +100,7 @@ def serving(folder: Path, *pipelines, token=None, started=True, **settings):
             if isinstance(pipeline, Paced):
                 pipeline.free = True
                 pipeline.steps.release(10_000)
-        assert service.workers.stop(60)
+        assert service.workers.stop(180)
         store.close()
 
 

@@ -65,7 +65,7 @@ def test_beyond_the_queue_there_is_429_and_when_to_come_again(tmp_path, paced):
         with serving(tmp_path / "out", paced, queue=2) as service:
             async with client(service) as http:
                 first = await http.post("/v1/videos", json={"prompt": "first"})
-                assert paced.arrived.acquire(timeout=60)
+                assert paced.arrived.acquire(timeout=180)
                 answers = await asyncio.gather(
                     *(http.post("/v1/videos", json={"prompt": str(i)}) for i in range(20))
                 )
@@ -88,15 +88,15 @@ def test_a_cancelled_job_ends_before_its_next_step(tmp_path, paced):
                 for prompt in ("long", "next"):
                     fields = {"prompt": prompt, "steps": 50}
                     names.append((await http.post("/v1/videos", json=fields)).json()["id"])
-                assert paced.arrived.acquire(timeout=60)
+                assert paced.arrived.acquire(timeout=180)
                 paced.steps.release()
-                assert paced.arrived.acquire(timeout=60)
+                assert paced.arrived.acquire(timeout=180)
                 job = (await http.get(f"/v1/videos/{names[0]}")).json()
                 assert (job["status"], job["step"], job["steps"]) == ("in_progress", 1, 50)
                 answer = await http.delete(f"/v1/videos/{names[0]}")
                 assert answer.json() == {"id": names[0], "object": "video.deleted", "deleted": True}
                 paced.steps.release()  # the step that runs ends, and no other begins
-                assert paced.arrived.acquire(timeout=60)
+                assert paced.arrived.acquire(timeout=180)
                 assert paced.began == [("long", 0), ("long", 1), ("next", 0)]
                 assert (await http.get(f"/v1/videos/{names[0]}")).status_code == 404
                 assert not (service.store.folder / names[0]).exists()
@@ -108,7 +108,7 @@ def test_a_cancelled_job_ends_before_its_next_step(tmp_path, paced):
 def test_a_job_that_waits_is_cancelled_without_being_drawn(tmp_path, paced):
     with serving(tmp_path / "out", paced, queue=1) as service:
         asked(service, "first")
-        assert paced.arrived.acquire(timeout=60)
+        assert paced.arrived.acquire(timeout=180)
         waiting = asked(service, "second")
         with pytest.raises(Refusal, match="1 jobs wait"):
             asked(service, "third")
@@ -117,7 +117,7 @@ def test_a_job_that_waits_is_cancelled_without_being_drawn(tmp_path, paced):
         paced.free = True
         paced.steps.release(100)
         for _ in range(5):
-            assert paced.arrived.acquire(timeout=60)
+            assert paced.arrived.acquire(timeout=180)
     assert "second" not in {prompt for prompt, _ in paced.began}
 
 
@@ -126,19 +126,19 @@ def test_each_device_has_a_thread_of_its_own(tmp_path):
     with serving(tmp_path / "out", *both) as service:
         asked(service, "a")
         asked(service, "b")
-        assert all(pipeline.arrived.acquire(timeout=60) for pipeline in both)
+        assert all(pipeline.arrived.acquire(timeout=180) for pipeline in both)
         assert {pipeline.began[0][0] for pipeline in both} == {"a", "b"}
 
 
 def test_a_stop_leaves_jobs_for_the_next_start_which_draws_the_same(tmp_path, paced):
     with serving(tmp_path / "out", paced) as service:
         running, waiting = asked(service, "a", seed=7), asked(service, "b", seed=8)
-        assert paced.arrived.acquire(timeout=60)
+        assert paced.arrived.acquire(timeout=180)
         paced.steps.release()
         stopped = threading.Thread(target=service.workers.stop, args=(60,))
         service.workers._stopping = True  # as `stop` does first, so that no further step is made
         stopped.start()
-        stopped.join(60)
+        stopped.join(180)
         assert not stopped.is_alive()
         with pytest.raises(Refusal, match="stopping"):
             asked(service, "c")
