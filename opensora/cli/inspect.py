@@ -82,8 +82,14 @@ def doctor(
 
 
 def plan(
-    config: Path = typer.Argument(..., help="YAML file of a training run"),
+    config: Path = typer.Argument(..., help="YAML file of a training run; or a run, to --sample"),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]..."),
+    sample: bool = typer.Option(False, "--sample", help="plan drawing videos rather than training"),
+    frames: int = typer.Option(None, min=1, help="of a video to sample; as trained by default"),
+    height: int = typer.Option(None, min=8, help="pixels"),
+    width: int = typer.Option(None, min=8, help="pixels"),
+    steps: int = typer.Option(30, min=1, help="sampling steps"),
+    batch: int = typer.Option(1, min=1, help="videos drawn at a time"),
     gpus: int = typer.Option(1, min=1, help="devices"),
     gpu: str = typer.Option("h200", help="their kind, such as h200, h100, a100-80, rtx4090"),
     rate: float = typer.Option(
@@ -95,6 +101,14 @@ def plan(
 
     Runs on any machine in half a minute. What does not fit is refused with changes that would.
     """
+    if sample:
+        from opensora.cli.sample_planning import plan as drawing
+
+        size = (frames, height, width)
+        drawing(
+            config, overrides or [], size=size, steps=steps, batch=batch, gpu=gpu, teraflops=rate
+        )
+        return
     tree = configs.override(configs.read(config), overrides or [])
     from opensora.train.config import TrainConfig
 

@@ -42,8 +42,10 @@ class GuidanceConfig(Config):
     interval: tuple[float, float] = Field(
         default=(0.0, 1.0), description="levels (above, up to) at which guidance acts"
     )
-    batched: bool = Field(
-        default=True, description="one call on all branches rather than one for each"
+    batched: bool | Literal["auto"] = Field(
+        default="auto",
+        description="one call on all branches rather than one for each; auto: where memory is "
+        "there for it",
     )
     frames_scale: float = Field(
         default=1.0,
@@ -95,7 +97,8 @@ def classifier_free(
             told what `predict` is told (autoguidance, Karras et al. 2024, arXiv 2406.02507).
         num_steps: of the schedule, for `frames_ramp`.
         spread: computes the branches in another way, such as on several ranks.
-        options: the other keys of `GuidanceConfig`.
+        options: the other keys of `GuidanceConfig`. Of memory nothing is known here: auto is one
+            call.
 
     Returns:
         (x, t) -> data estimate, with x (B, C, T, H, W) and t (B, T).

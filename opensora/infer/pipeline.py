@@ -31,6 +31,7 @@ from opensora.errors import CheckpointError, UsageError
 from opensora.infer.caching.applied import applied
 from opensora.infer.caching.configs import CacheConfig
 from opensora.infer.conditions import Given, begin
+from opensora.infer.forecast import shares_a_call
 from opensora.infer.parallel import Team
 from opensora.infer.savings import DecodeConfig, decode
 from opensora.types import Condition
@@ -311,15 +312,23 @@ class VideoPipeline:
             told = self.weaker._condition(list(prompts), shape)
             worse = self.weaker.process.denoiser(self.weaker._predict)
             weaker = lambda x, t, _: worse(x, t, told)  # noqa: E731
+        cond = self._condition(list(prompts), shape)
+        options = sampling.guidance.model_dump()
+        if options["batched"] == "auto":
+            branches = 3 if sampling.guidance.frames_scale != 1 else 2
+            rows, words = branches * len(cond), cond.tokens.shape[1]
+            options["batched"] = shares_a_call(
+                self.config.model, self.latent_shape(shape), rows, words, self.device
+            )
         return guidance.classifier_free(
             self.process.denoiser(self._predict),
-            self._condition(list(prompts), shape),
+            cond,
             self._condition([negative_prompt], shape),
             hide=hide,
             weaker=weaker,
             num_steps=num_steps,
             spread=self.team.spread if self.team is not None and self.team.branches else None,
-            **sampling.guidance.model_dump(),
+            **options,
         )
 
     def walk(
