@@ -13,6 +13,7 @@ from opensora.diffusion import guidance
 from opensora.engine.flops import FlopCounter
 from opensora.errors import UsageError
 from opensora.infer.caching.applied import applied
+from opensora.infer.caching.cache import inside, moving
 from opensora.infer.caching.configs import (
     BroadcastConfig,
     CacheConfig,
@@ -211,6 +212,13 @@ def test_the_level_is_that_of_the_frames_that_move(name, model):
     assert beside is not None and plain is not None and beside.reused > 0
     if name.startswith("pab"):
         assert (beside.computed, beside.reused) == (plain.computed, plain.reused)
+
+
+def test_frames_that_wait_at_noise_do_not_move():
+    """As in an autoregressive schedule: one is done, one moves, one waits. At first none moves."""
+    t = torch.tensor([[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]])
+    assert moving(t).tolist() == [[False, True, False], [False, True, True]]
+    assert inside(TeaCacheConfig(levels=(0.1, 0.9)), t) == [True, False]
 
 
 def test_rows_at_other_levels_decide_by_themselves(model):
