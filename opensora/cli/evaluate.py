@@ -39,7 +39,9 @@ def run(
     checkpoint: Path = typer.Argument(
         ..., help="run, checkpoints folder or checkpoint; or a folder of videos"
     ),
-    suite: str = typer.Option("arena", help="what to measure: arena, fvd, vae, loss, physics"),
+    suite: str = typer.Option(
+        "arena", help="what to measure: arena, vbench, vbench-i2v, fvd, vae, loss, physics"
+    ),
     output: Path = typer.Option(None, "--output", "-o", help="folder; beside the run by default"),
     config: Path = typer.Option(None, "--config", help="YAML with the suite's settings"),
     overrides: list[str] = typer.Argument(

@@ -20,8 +20,11 @@ RESAMPLES = 10_000
 _EXACT = 14
 """Differences up to which all sign patterns are tried rather than drawn."""
 
-_FREE = ("weights", "batch_size")
-"""Settings that may differ: what is compared, and what changes no value."""
+_FREE = (
+    *("weights", "batch_size", "name"),
+    *("videos", "warnings", "skipped", "missing", "unusable"),
+)
+"""Settings that may differ: what is compared, what changes no value, and what was found."""
 
 SMALLER_IS_BETTER = (
     *("loss", "mse", "mmd", "fvd", "rfvd", "lpips", "flicker", "flicker_added"),

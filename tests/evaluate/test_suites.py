@@ -17,7 +17,7 @@ from opensora.evaluate import fidelity, fvd, physics, validation_loss
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.physics import PhysicsConfig, another_take
 from opensora.evaluate.suite import Autoencoder, Subject
-from opensora.infer.pipeline import Shape
+from opensora.infer.pipeline import Sample, Shape
 from opensora.media.write import write_video
 from opensora.runtime import Runtime, noise
 from opensora.vae.perceptual import PerceptualDistance
@@ -214,6 +214,50 @@ def test_another_take_begins_alike_and_moves_a_little_otherwise():
         way = np.abs(scene.positions[-1] - scene.positions[0]).max()
         off = np.abs(take.positions - scene.positions).max()
         assert 0 < off < 0.15 * way + 1e-6
+
+
+class Continuing:
+    """Stands in for a pipeline: shows the frames that it is given, then another colour."""
+
+    team = None
+    fingerprint = "continuing"
+    device = torch.device("cpu")
+    shape = Shape(9, 32, 32, 8.0)
+
+    def __init__(self, vae):
+        self.vae, self.seen = vae, []
+
+    def latent_shape(self, shape):
+        return self.vae.latent_shape(shape.num_frames, shape.height, shape.width)
+
+    def __call__(self, prompts, *, seeds, given, **options):
+        self.seen += given
+        videos = []
+        for prompt, seed, (beginning,) in zip(prompts, seeds, given, strict=True):
+            video = np.full((9, 32, 32, 3), 90, np.uint8)
+            video[: len(beginning.frames)] = beginning.frames
+            videos.append(Sample(prompt, seed, video, 8.0))
+        return videos
+
+
+@pytest.mark.parametrize("given", [1, 5])
+def test_a_model_is_given_the_beginning_and_judged_on_the_rest(given, pipeline, tmp_path):
+    scenes = SCENES.model_copy(update={"frames": 9})
+    model = Continuing(pipeline.vae)
+    config = PhysicsConfig(scenes=scenes, num=2, given=given)
+    found = physics.run(Subject(model), config, tmp_path, silent)
+    assert len(model.seen) == 2
+    for index, (beginning,) in enumerate(model.seen):
+        truth = render(sample(scenes, 1, index, "heldout"))[:given]
+        assert beginning.frames.shape == truth.shape
+        error = np.abs(beginning.frames.astype(int) - truth).mean()
+        assert error == 0 if given == 1 else error < 6  # of the chroma of a video
+    # Only frames after the given ones count, so what is drawn there alone decides the error.
+    errors = []
+    for index in range(2):
+        rest = render(sample(scenes, 1, index, "heldout"))[given:].astype(float)
+        errors.append(np.mean((rest / 255 - 90 / 255) ** 2))
+    assert found["generated"]["mse"]["mean"] == pytest.approx(np.mean(errors), rel=0.05)
 
 
 def test_frames_given_are_those_of_whole_latents(pipeline, tmp_path):

@@ -98,6 +98,23 @@ def resampled(finding: Finding, name: str) -> np.ndarray:
     return means
 
 
+def values(findings: Mapping[str, Finding], proxies: Mapping[str, Sequence[Row]]) -> bytes:
+    """The content of `values.jsonl`, by which two results are compared video by video.
+
+    Upstream's own results are among them where it tells those of videos.
+    """
+    lines: dict[tuple[str, str], dict[str, float]] = {}
+    for name, finding in findings.items():
+        for row in upstream_shape({name: finding})[name][1]:
+            video = Path(row["video_path"]).name
+            lines.setdefault(("vbench", video), {})[name] = float(row["video_results"])
+    for name, rows in proxies.items():
+        for row in rows:
+            lines.setdefault(("proxy", row.video.path.name), {})[name] = row.measured.value
+    told = [{"group": g, "id": video, "values": found} for (g, video), found in lines.items()]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told).encode()
+
+
 def estimate(value: float, means: np.ndarray, count: int) -> dict[str, float]:
     """A line of `scores.json`: mean, 95 % interval, number of videos (or of dimensions)."""
     low, high = np.quantile(means, [0.025, 0.975])

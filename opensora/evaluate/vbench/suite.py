@@ -16,7 +16,7 @@ from typing import Any
 
 from opensora.disk import preflight, replace_file
 from opensora.errors import DataError, UsageError
-from opensora.evaluate.suite import Progress, Results, Subject, Suite
+from opensora.evaluate.suite import SCORES_NAME, VALUES_NAME, Progress, Results, Subject, Suite
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
 from opensora.evaluate.vbench.config import DRAWING, DrawingConfig, I2VConfig, VBenchConfig
 from opensora.evaluate.vbench.dimensions import DIMENSIONS, names
@@ -302,7 +302,8 @@ def _conclude(
         base = one.output / one.config.name
         results.write_json(Path(f"{base}_full_info.json"), _full_info(one, tasks))
         results.write_json(Path(f"{base}_eval_results.json"), results.upstream_shape(ordered))
-        replace_file(one.output / "scores.json", results.text(scores))
+        replace_file(one.output / VALUES_NAME, results.values(ordered, proxies))
+        replace_file(one.output / SCORES_NAME, results.text(scores))
         for name, reason in one.skipped.items():
             log.info("skipped: %s %s", name, reason)
         for text in warnings:

@@ -7,6 +7,8 @@ import pytest
 
 from opensora.cli.judging import SUITES
 from opensora.errors import DataError, UsageError
+from opensora.evaluate import results
+from opensora.evaluate.compare import compare
 from opensora.evaluate.suite import Subject
 from opensora.evaluate.vbench.config import I2VConfig, VBenchConfig
 from opensora.evaluate.vbench.suite import I2V_SUITE, SUITE
@@ -304,3 +306,17 @@ def test_gifs_are_judged_as_well(tmp_path, fill):
     scores = judge(Subject(videos=folder), tmp_path / "out", mode="custom")
     assert scores["vbench"]["temporal_flickering"]["n"] == 1
     assert len(read_clip(folder / "anything.gif").frames) == 5
+
+
+def test_two_results_are_compared_video_by_video(tmp_path, prompts_file):
+    """A still model against one that moves: flicker is measured on the same prompts."""
+    settings = {"prompts": str(prompts_file), "samples_per_prompt": 2, "flicker_samples": 2}
+    for name, paint in (("a", moving), ("b", still)):
+        judge(Subject(Painter(paint)), tmp_path / name, **settings)
+    a, b = (results.read(tmp_path / name) for name in "ab")
+    found = {(d.group, d.metric): d for d in compare(a, b)}
+    flicker = found["vbench", "temporal_flickering"]
+    assert flicker.n == 2
+    assert flicker.first < flicker.second
+    assert flicker.second == pytest.approx(1, abs=0.01)
+    assert found["proxy", "proxy.motion"].mean < 0
