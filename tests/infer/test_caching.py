@@ -29,22 +29,25 @@ from opensora.types import Condition
 from tests.infer.conftest import build_pipeline
 
 ALL = (0.0, 1.0)
+EVERYTHING = ("spatial", "temporal", "cross", "joint", "mlp")
 OFF = {
     "teacache": TeaCacheConfig(threshold=0),
     "teacache outside its levels": TeaCacheConfig(threshold=9, levels=(0.5, 0.5)),
     "first_block": FirstBlockConfig(threshold=0),
     "pab": PyramidBroadcastConfig.model_validate(
-        {kind: {"levels": [0.5, 0.5]} for kind in ("spatial", "temporal", "cross", "joint")}
+        {kind: {"levels": [0.5, 0.5]} for kind in EVERYTHING}
     ),
     "pab of one step": PyramidBroadcastConfig.model_validate(
-        {kind: {"every": 1} for kind in ("spatial", "temporal", "cross", "joint")}
+        {kind: {"every": 1} for kind in EVERYTHING}
     ),
 }
 EVERY = BroadcastConfig(every=2, levels=ALL)
 ON = {
     "teacache": TeaCacheConfig(threshold=0.5),
     "first_block": FirstBlockConfig(threshold=0.5),
-    "pab": PyramidBroadcastConfig(spatial=EVERY, temporal=EVERY, cross=EVERY, joint=EVERY),
+    "pab": PyramidBroadcastConfig(
+        spatial=EVERY, temporal=EVERY, cross=EVERY, joint=EVERY, mlp=BroadcastConfig(every=1)
+    ),
     "pab with mlps": PyramidBroadcastConfig(
         spatial=EVERY, temporal=EVERY, cross=EVERY, joint=EVERY, mlp=EVERY
     ),

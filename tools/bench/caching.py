@@ -36,11 +36,14 @@ GRID: list[dict[str, Any]] = [
     *({"kind": "teacache", "threshold": x, "levels": [0, 1]} for x in (0.05, 0.1)),
     *({"kind": "first_block", "threshold": x} for x in (0.05, 0.1, 0.2)),
     {"kind": "pab"},
-    {"kind": "pab", "mlp": {"every": 2}},
-    *(
-        {"kind": "pab", **{kind: {"every": n, "levels": [0.1, 0.95]} for kind in EACH}}
-        for n in (2, 3)
-    ),
+    {"kind": "pab", **{kind: {"every": 3} for kind in EACH}},
+    {  # VideoSys's for Open-Sora
+        "kind": "pab",
+        "spatial": {"levels": [0.45, 0.93]},
+        "temporal": {"every": 4, "levels": [0.45, 0.93]},
+        "cross": {"every": 6, "levels": [0.45, 0.93]},
+        "mlp": {"every": 1},
+    },
 ]
 
 
