@@ -157,6 +157,8 @@ def _pyramid(
     num_frames: int,
 ) -> Iterator[np.ndarray]:
     """Chunks of latent frames, decoded as they come out of the window."""
+    if pipeline.decoding.tile:
+        raise UsageError("long.kind=pyramid decodes as it goes, and not in tiles: use windows")
     channels, latents, height, width = pipeline.latent_shape(shape)
     active = (latents - long.context) // long.chunk
     if active < 1:
