@@ -8,32 +8,27 @@ with the parts of a pipeline that have names of their own here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from opensora import runtime, zoo
-from opensora.config import Config
 from opensora.data.transforms import to_uint8
 from opensora.diffusion import guidance, objective, schedule, timesteps
-from opensora.diffusion.guidance import GuidanceConfig, Guide, Hide
+from opensora.diffusion.guidance import Guide, Hide
 from opensora.diffusion.process import Process, per_frame
 from opensora.diffusion.samplers import SAMPLERS
-from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
 from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.caching.applied import applied
-from opensora.infer.caching.configs import CacheConfig
 from opensora.infer.conditions import Given, begin
 from opensora.infer.forecast import shares_a_call
 from opensora.infer.parallel import Team
 from opensora.infer.savings import DecodeConfig, decode
+from opensora.infer.settings import Names, Sample, SamplingConfig, Seed, Shape, settle
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -43,49 +38,8 @@ if TYPE_CHECKING:
     from opensora.text.features import CachedEncoder
 
 
-Seed = int | torch.Generator
 Callback = Callable[[int, Tensor, Tensor], None]
 Fresh = Callable[[int], Tensor]
-
-
-class SamplingConfig(Config):
-    """How a video is drawn."""
-
-    sampler: Literal["euler", "heun", "dpmpp_2m", "ddim", "ancestral", "renoise"] = Field(
-        default="euler",
-        description="solver; ancestral and renoise draw fresh noise, the latter for few-step "
-        "students",
-    )
-    schedule: ScheduleConfig = FullSequenceConfig(num_steps=30)
-    guidance: GuidanceConfig = GuidanceConfig(scale=3.0)
-    cache: CacheConfig | None = Field(
-        default=None, description="spares work from step to step; None computes every step"
-    )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A finished video.
-
-    Attributes:
-        frames: uint8 (F, H, W, 3).
-        fps: frames per second.
-    """
-
-    prompt: str
-    seed: int
-    frames: np.ndarray
-    fps: float
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What to draw: pixel frames, height, width and frames per second."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
 
 
 class VideoPipeline:
@@ -179,6 +133,7 @@ class VideoPipeline:
         negative_prompt: str = "",
         given: Sequence[Sequence[Given]] | None = None,
         callback: Callback | None = None,
+        **names: Unpack[Names],
     ) -> list[Sample]:
         """Draw one video for each prompt, as one batch.
 
@@ -188,13 +143,15 @@ class VideoPipeline:
             shape: pixel frames, height, width, fps; the trained shape by default.
             given: for each prompt, the frames that are there already.
             callback: (step, latents, data estimate) after every step; what it raises cancels.
+            names: arguments as diffusers calls them: num_frames, height, width, fps,
+                num_inference_steps, guidance_scale, generator.
 
         Raises:
             UsageError: the shape does not fit the VAE and the model, or frames do not fit it.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        shape, sampling = shape or self.shape, sampling or SamplingConfig()
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        shape, sampling, drawn = settle(shape or self.shape, sampling or SamplingConfig(), names)
+        seeds = drawn or (list(range(len(prompts))) if seeds is None else list(seeds))
         for name, values in (("seeds", seeds), ("lists of given frames", given)):
             if values is not None and len(values) != len(prompts):
                 raise UsageError(f"{len(prompts)} prompts need as many {name}, found {len(values)}")

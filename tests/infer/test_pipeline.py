@@ -90,6 +90,22 @@ def test_a_generator_may_stand_for_a_seed_and_one_prompt_for_a_list(pipeline):
     assert draw(4).seed == 4
 
 
+def test_arguments_may_have_the_names_that_diffusers_gives_them(pipeline):
+    shape = Shape(num_frames=9, height=48, width=32, fps=4.0)
+    own = pipeline(
+        PROMPTS[0], seeds=[torch.Generator().manual_seed(4)], shape=shape, sampling=QUICK
+    )
+    names = {"num_frames": 9, "height": 48, "width": 32, "fps": 4.0, "guidance_scale": 2.0}
+    theirs = pipeline(
+        PROMPTS[0], num_inference_steps=3, generator=torch.Generator().manual_seed(4), **names
+    )
+    assert np.array_equal(own[0].frames, theirs[0].frames)
+    with pytest.raises(TypeError, match="Did you mean 'num_inference_steps'"):
+        pipeline(PROMPTS[0], num_inference_step=3)
+    with pytest.raises(UsageError, match="guidance"):
+        pipeline(PROMPTS[0], guidance_scale=-1.0)
+
+
 @pytest.mark.parametrize("sampler", ["ancestral", "renoise"])
 def test_fresh_noise_is_addressed_by_seed_and_step(sampler, pipeline):
     sampling = QUICK.model_copy(update={"sampler": sampler})
