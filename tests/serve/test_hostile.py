@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from opensora.serve.api import build
-from opensora.serve.refusals import CODES
+from opensora.serve.refusals import CODES, Refusal
 from tests.serve.conftest import TOKEN, Paced, client, serving
 
 ID = "video_" + "0" * 32
@@ -333,6 +333,48 @@ def test_a_body_that_does_not_come_is_not_waited_for(tmp_path):
 
     asyncio.run(ask())
     assert sent[0]["status"] == 408
+
+
+def test_a_body_in_pieces_is_bounded_as_one_that_says_its_length(tmp_path):
+    pieces = []
+
+    async def endless():
+        while len(pieces) < 100:
+            pieces.append(1)
+            yield b"x" * 1024
+
+    async def ask():
+        with serving(tmp_path / "out", Paced(), started=False, max_body=4096) as service:
+            async with client(service) as http:
+                return await http.post("/v1/videos", content=endless(), headers=JSON), service
+
+    answer, service = asyncio.run(ask())
+    assert "content-length" not in answer.request.headers
+    assert answer.status_code == 413
+    assert len(pieces) < 20  # the rest was not waited for
+    assert service.store.jobs() == []
+
+
+def test_a_picture_that_no_job_takes_is_removed(tmp_path):
+    """The queue is found full only after the picture was decoded."""
+
+    async def ask():
+        with serving(tmp_path / "out", Paced(), started=False, queue=1) as service:
+            service.workers.refuse_if_full = lambda: None  # as if others came in between
+            service.workers.submit = refuse
+            before = everything(tmp_path / "out")
+            async with client(service) as http:
+                answer = await http.post(
+                    "/v1/videos", data={"prompt": "x"}, files={"input_reference": png(8, 8)}
+                )
+            return answer, before
+
+    def refuse(*_):
+        raise Refusal("queue_full", "full", retry_after=1)
+
+    answer, before = asyncio.run(ask())
+    assert answer.status_code == 429
+    assert everything(tmp_path / "out") == before
 
 
 def test_what_a_client_says_cannot_forge_a_line_of_the_log(tmp_path, caplog):

@@ -50,12 +50,15 @@ def start(world, tmp_path):
         process.communicate()
 
 
-def wait_for(http, name):
-    while True:
+def wait_for(http, name, done):
+    """A job once `done(job)`."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         job = http.get(f"/v1/videos/{name}").json()
-        if job["status"] not in ("queued", "in_progress"):
+        if done(job):
             return job
         time.sleep(0.05)
+    raise AssertionError(f"{name} is {job['status']} at step {job['step']}")
 
 
 def test_a_video_is_asked_for_over_http_and_its_command_draws_the_same(
@@ -74,7 +77,7 @@ def test_a_video_is_asked_for_over_http_and_its_command_draws_the_same(
         answer = http.post(
             "/v1/videos", data=form, files={"input_reference": ("x", file.getvalue())}
         )
-        job = wait_for(http, answer.json()["id"])
+        job = wait_for(http, answer.json()["id"], lambda job: job["completed_at"] is not None)
         assert job["status"] == "completed"
         video = http.get(f"/v1/videos/{job['id']}/content").content
         picture = http.get(f"/v1/videos/{job['id']}/input_reference").content
@@ -96,8 +99,7 @@ def test_a_signal_stops_a_running_job_which_the_next_start_finishes(start):
     process, address = start("--set", "max_steps=100000", "--set", "max_work=10000000000")
     with httpx.Client(base_url=address, timeout=PATIENCE) as http:
         name = http.post("/v1/videos", json={"prompt": "long", "steps": 100_000}).json()["id"]
-        while http.get(f"/v1/videos/{name}").json()["step"] == 0:
-            time.sleep(0.05)
+        wait_for(http, name, lambda job: job["step"] > 0)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75
     _, address = start()
