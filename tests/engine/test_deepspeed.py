@@ -30,6 +30,15 @@ def tiny(*overrides: str) -> TrainConfig:
     return configs.load(TrainConfig, TINY, ["output=x", "optim={kind: adamw}", *overrides])
 
 
+@pytest.fixture(autouse=True)
+def linear_stays():
+    """Stage 3 puts a linear of its own in the place of torch's, for the whole process; what other
+    tests multiply, such as weights in 8 bits, it does not know."""
+    before = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = before
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
