@@ -13,7 +13,8 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,9 +24,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from opensora.errors import UsageError
+from opensora import interrupts
+from opensora.errors import OpensoraError, UsageError
 from opensora.meeting import announced, join
-from opensora.peers import Peers
+from opensora.peers import Peers, ending_alike
 
 log = logging.getLogger("opensora")
 
@@ -135,6 +137,25 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     return Runtime(rank, world_size, local_rank, chosen, peers)
+
+
+@contextmanager
+def taking_part(device: str = "auto") -> Iterator[Runtime]:
+    """Inside the block this process has its place among the ranks (`start`); what ends one rank
+    ends the others with its line and exit code.
+
+    Raises:
+        LostRank: another rank is gone.
+    """
+    place = start(device)
+    try:
+        with ending_alike(place.peers):
+            yield place
+    except OpensoraError:
+        interrupts.ignore()  # torchrun stops the ranks that are left; all of them know why
+        raise
+    finally:
+        place.close()
 
 
 def address(seed: int, purpose: str, *numbers: int) -> int:

@@ -50,14 +50,11 @@ def run(
         raise UsageError(f"--suite {suite} is unknown.{did_you_mean(suite, SUITES)}")
     chosen = SUITES[suite]
     config = configs.validate(chosen.config, settings, where=where)
-    place = runtime.start(device)
-    try:
+    with runtime.taking_part(device) as place:
         subject, beside = subject_of(path, place)
         output = output or beside / "eval" / suite
         with Stages(visible=place.is_main) as stages:
             results = chosen.run(subject, config, output, stages.update)
-    finally:
-        place.close()
     if place.is_main:
         print_table(results, chosen.columns)
         print(output / "scores.json")

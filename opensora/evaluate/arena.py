@@ -8,7 +8,8 @@ and the true scenes themselves. Only what lies clearly between the controls mean
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,13 @@ from opensora.arena.truth import Scene
 from opensora.config import Config
 from opensora.disk import replace_file
 from opensora.errors import UsageError
-from opensora.evaluate.suite import Progress, Results, Subject, Suite
+from opensora.evaluate import drawing
+from opensora.evaluate.suite import SCORES_NAME, Progress, Results, Subject, Suite, shared
 from opensora.infer import samples
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
 from opensora.infer.samples import Job
 from opensora.media.read import read_clip
-from opensora.runtime import generator
+from opensora.runtime import ALONE, Runtime, generator
 
 TARGETS = {
     "trained": {"colour": 0.95, "direction": 0.95, "count": 0.85, "shape": 0.7},
@@ -53,7 +55,7 @@ class ArenaConfig(Config):
         description="number of objects -> prompts, all from held-out pairs",
     )
     sampling: SamplingConfig = SamplingConfig()
-    batch_size: int = Field(default=16, ge=1, description="videos drawn at a time")
+    batch_size: int = Field(default=8, ge=1, description="videos drawn at a time")
 
 
 def run(
@@ -62,6 +64,7 @@ def run(
     config: ArenaConfig,
     output: str | Path,
     *,
+    place: Runtime = ALONE,
     progress: Progress | None = None,
 ) -> Results:
     """Draw, judge and write `scores.json`; a stopped call is completed by the same call.
@@ -69,30 +72,33 @@ def run(
     Args:
         untrained: the same architecture with fresh weights, or None to leave that control out.
         output: gets `samples/`, `samples_untrained/` and `scores.json`.
+        place: its ranks share the drawing and the judging; the first one writes the scores.
 
     Returns:
-        What `scores.json` holds: group -> metric -> {mean, low, high, n} with 95 % bootstrap
-        intervals, `targets`, and `settings`.
+        What `scores.json` holds, on every rank: group -> metric -> {mean, low, high, n} with 95 %
+        bootstrap intervals, `targets`, and `settings`.
+
+    Raises:
+        DataError: a video does not decode to what was drawn, twice.
+        UsageError: the model draws another shape, or the folder holds other samples.
     """
     output = Path(output)
     _check_shape(trained, config)
     tell = progress or (lambda stage, done, total: None)
+    judge = partial(_drawn_and_judged, config=config, place=place, tell=tell)
     work = _jobs(config)
-    folder = output / "samples"
-    records = _draw(trained, work, folder, config, lambda *n: tell("trained", *n))
-    videos = [read_clip(folder / record["file"]).frames for record in records]
-    judged = _judge(videos, records, config)
-    _write_scores(folder, records, judged)
+    others = _others([job.prompt for job in work], config)
+    judged, shuffled = judge("trained", trained, work, output / "samples", others)
     groups: dict[str, list[Scores]] = {
         name: [s for s, job in zip(judged, work, strict=True) if _objects(job, config) == number]
         for number, name in TRAINED_GROUPS.items()
     }
-    groups["shuffled"] = _shuffled(videos, records, config)
+    groups["shuffled"] = shuffled
     if untrained is not None:
-        groups["untrained"] = _untrained(
-            untrained, work, output / "samples_untrained", config, tell
-        )
-    groups["truth"], groups["vae"] = _reconstructions(trained, config, tell)
+        first = work[: config.num_prompts.get(1, 0)]
+        folder = output / "samples_untrained"
+        groups["untrained"], _ = judge("untrained", untrained, first, folder, {})
+    groups["truth"], groups["vae"] = _reconstructions(trained, config, place, tell)
     scores: dict[str, Any] = {name: aggregate(rows) for name, rows in groups.items() if rows}
     scores["targets"] = TARGETS
     scores["settings"] = {
@@ -100,8 +106,9 @@ def run(
         "weights": trained.fingerprint,
         **config.model_dump(mode="json"),
     }
-    text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-    replace_file(output / "scores.json", text.encode())
+    if place.is_main:
+        text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
+        replace_file(output / SCORES_NAME, text.encode())
     return scores
 
 
@@ -123,23 +130,6 @@ def _objects(job: Job, config: ArenaConfig) -> int:
     raise IndexError(job.index)
 
 
-def _draw(
-    pipeline: VideoPipeline,
-    work: Sequence[Job],
-    folder: Path,
-    config: ArenaConfig,
-    progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    return samples.draw(
-        pipeline,
-        work,
-        folder,
-        sampling=config.sampling,
-        batch_size=config.batch_size,
-        progress=progress,
-    )
-
-
 def _check_shape(pipeline: VideoPipeline, config: ArenaConfig) -> None:
     mine, theirs = pipeline.shape, config.scenes
     if (mine.num_frames, mine.height, mine.width) != (theirs.frames, theirs.height, theirs.width):
@@ -157,25 +147,39 @@ def _score(
     return score(video, prompt, fps=fps, truth=truth, speed=scenes.speed, radius=scenes.radius)
 
 
-def _judge(
-    videos: list[np.ndarray], records: list[dict[str, Any]], config: ArenaConfig
-) -> list[Scores]:
-    return [
-        _score(video, record["prompt"], record["shape"]["fps"], config)
-        for video, record in zip(videos, records, strict=True)
-    ]
+def _drawn_and_judged(
+    stage: str,
+    pipeline: VideoPipeline,
+    work: Sequence[Job],
+    folder: Path,
+    others: Mapping[int, list[str]],
+    *,
+    config: ArenaConfig,
+    place: Runtime,
+    tell: Progress,
+) -> tuple[list[Scores], list[Scores]]:
+    """Scores of the videos of some jobs, and of videos against `others`, prompts of other jobs."""
+    records = drawing.draw(
+        pipeline,
+        work,
+        folder,
+        sampling=config.sampling,
+        batch_size=config.batch_size,
+        place=place,
+        progress=partial(tell, stage),
+    )
 
+    def judge(index: int) -> list[Scores]:
+        frames = read_clip(folder / records[index]["file"]).frames
+        prompts = [work[index].prompt, *others.get(index, ())]
+        fps = records[index]["shape"]["fps"]
+        return [_score(frames, prompt, fps, config) for prompt in prompts]
 
-def _untrained(
-    pipeline: VideoPipeline, work: list[Job], folder: Path, config: ArenaConfig, tell: Progress
-) -> list[Scores]:
-    """Scores of fresh weights on the prompts of one object."""
-    first = work[: config.num_prompts.get(1, 0)]
-    records = _draw(pipeline, first, folder, config, lambda *n: tell("untrained", *n))
-    videos = [read_clip(folder / record["file"]).frames for record in records]
-    judged = _judge(videos, records, config)
-    _write_scores(folder, records, judged)
-    return judged
+    found = shared(place, len(work), judge, partial(tell, f"judging {stage}"))
+    own = [scores[0] for scores in found]
+    if place.is_main:
+        _write_scores(folder, records, own)
+    return own, [scores for rest in found for scores in rest[1:]]
 
 
 def _write_scores(folder: Path, records: list[dict[str, Any]], judged: list[Scores]) -> None:
@@ -187,48 +191,42 @@ def _write_scores(folder: Path, records: list[dict[str, Any]], judged: list[Scor
     replace_file(folder / samples.RECORD_NAME, ("\n".join(lines) + "\n").encode())
 
 
-def _shuffled(
-    videos: list[np.ndarray], records: list[dict[str, Any]], config: ArenaConfig
-) -> list[Scores]:
-    """Videos of one object against prompts of any number of objects, never their own."""
-    order = torch.randperm(len(records), generator=generator(config.seed, "shuffle")).tolist()
-    rows = []
+def _others(prompts: list[str], config: ArenaConfig) -> dict[int, list[str]]:
+    """Video of one object -> a prompt of any number of objects that is not its own, if there is."""
+    order = torch.randperm(len(prompts), generator=generator(config.seed, "shuffle")).tolist()
+    found = {}
     for index in range(config.num_prompts.get(1, 0)):
-        turned = [records[k]["prompt"] for k in (*order[index:], *order[:index])]
-        other = next((p for p in turned if p != records[index]["prompt"]), None)
-        if other is not None:  # a single prompt has no other
-            rows.append(_score(videos[index], other, records[index]["shape"]["fps"], config))
-    return rows
+        turned = [prompts[k] for k in (*order[index:], *order[:index])]
+        found[index] = [p for p in turned if p != prompts[index]][:1]
+    return found
 
 
 @torch.no_grad()
 def _reconstructions(
-    pipeline: VideoPipeline, config: ArenaConfig, tell: Progress
+    pipeline: VideoPipeline, config: ArenaConfig, place: Runtime, tell: Progress
 ) -> tuple[list[Scores], list[Scores]]:
     """Scores of true held-out scenes of one object, and of their way through the VAE."""
     only = config.scenes.model_copy(update={"num_objects": {1: 1.0}})
-    count = config.num_prompts.get(1, 0)
-    truth, through = [], []
-    for index in range(count):
+
+    def judge(index: int) -> tuple[Scores, Scores]:
         scene = sample(only, config.seed, index, "heldout")
         frames = render(scene)
         pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         decoded = pipeline.vae.decode(pipeline.vae.encode(pixels.to(pipeline.device)))[0].cpu()
         error = (decoded - pixels[0]).square().mean().item() / 4
         restored = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
-        truth.append(_score(frames, scene.caption, scene.fps, config, truth=scene))
+        truth = _score(frames, scene.caption, scene.fps, config, truth=scene)
         row = _score(restored, scene.caption, scene.fps, config, truth=scene)
-        through.append({**row, "psnr": float(-10 * np.log10(max(error, 1e-10)))})
-        tell("vae", index + 1, count)
-    return truth, through
+        return truth, {**row, "psnr": float(-10 * np.log10(max(error, 1e-10)))}
+
+    found = shared(place, config.num_prompts.get(1, 0), judge, partial(tell, "vae"))
+    return [truth for truth, _ in found], [through for _, through in found]
 
 
 def _run(subject: Subject, config: ArenaConfig, output: Path, progress: Progress) -> Results:
-    if subject.place.world_size > 1:
-        raise UsageError("the suite 'arena' runs in one process: call it without torchrun")
     trained = subject.model
     untrained = subject.fresh() if subject.fresh is not None else None
-    return run(trained, untrained, config, output, progress=progress)
+    return run(trained, untrained, config, output, place=subject.place, progress=progress)
 
 
 SUITE = Suite(

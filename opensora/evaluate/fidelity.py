@@ -7,6 +7,7 @@ latents can reach.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,16 @@ from opensora.config import Config
 from opensora.errors import UsageError
 from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
 from opensora.evaluate.similarity import SSIM_WINDOW, flicker_added, psnr, ssim, unit
-from opensora.evaluate.suite import Autoencoder, Progress, Results, Row, Subject, Suite, write
+from opensora.evaluate.suite import (
+    Autoencoder,
+    Progress,
+    Results,
+    Row,
+    Subject,
+    Suite,
+    shared,
+    write,
+)
 from opensora.vae.perceptual import PerceptualDistance, load_perceptual
 
 
@@ -55,18 +65,18 @@ def run(subject: Subject, config: FidelityConfig, output: Path, progress: Progre
     distance = None
     if config.lpips is not None:
         distance = load_perceptual(vgg=config.lpips.vgg, heads=config.lpips.heads).to(device)
-    mine = range(place.rank, len(clips), place.world_size)
-    found: list[tuple[int, dict[str, float], dict[str, list[float]]]] = []
-    for done, index in enumerate(mine, 1):
-        found.append((index, *_measure(judged, clips.read(index), distance)))
-        progress("vae", done, len(mine))
-    every = sorted(
-        (row for part in place.gather_objects(found) for row in part), key=lambda r: r[0]
+    found = shared(
+        place,
+        len(clips),
+        lambda index: _measure(judged, clips.read(index), distance),
+        partial(progress, "vae"),
     )
-    rows = [Row("vae", clips.ids[index], values) for index, values, _ in every]
+    if not place.is_main:
+        return {}
+    rows = [Row("vae", name, values) for name, (values, _) in zip(clips.ids, found, strict=True)]
     curves = {
-        name: np.mean([frames[name] for _, _, frames in every], axis=0).round(6).tolist()
-        for name in every[0][2]
+        name: np.mean([frames[name] for _, frames in found], axis=0).round(6).tolist()
+        for name in found[0][1]
     }
     settings = {
         "suite": "vae",
@@ -74,8 +84,6 @@ def run(subject: Subject, config: FidelityConfig, output: Path, progress: Progre
         "clips": clips.facts,
         "lpips": config.lpips is not None,
     }
-    if not place.is_main:
-        return {}
     return write(output, rows, settings=settings, curves={"vae": curves})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from opensora.config import Config
 from opensora.errors import UsageError
-from opensora.evaluate import features
+from opensora.evaluate import drawing, features
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.features import Extractor, ExtractorConfig
 from opensora.evaluate.frechet import FrechetStats, Reference, jackknife, mmd_values
-from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, write
+from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer import samples
 from opensora.infer.pipeline import SamplingConfig, Shape
 from opensora.media.read import read_clip
@@ -131,19 +132,15 @@ def _generated(
         whole = RealClipsConfig(path=subject.videos, num=count)
         videos = open_clips(whole, shape, where="generated")
         return list(videos.ids), videos.read
-    place, folder = subject.place, output / "samples"
+    folder = output / "samples"
     prompts = [texts[i % len(texts)] for i in range(count)]
     work = samples.jobs(prompts, seed=config.seed * 1_000_000)
-    mine = work[place.rank :: place.world_size]
-    records = samples.draw(
-        subject.model, mine, folder, sampling=config.sampling, shape=shape,
-        batch_size=config.batch_size, progress=lambda *n: progress("drawing", *n),
+    records = drawing.draw(
+        subject.model, work, folder, sampling=config.sampling, shape=shape, place=subject.place,
+        batch_size=config.batch_size, progress=partial(progress, "drawing"),
     )  # fmt: skip
-    every = sorted(
-        (r for part in place.gather_objects(records) for r in part), key=lambda r: r["index"]
-    )
-    files = [folder / record["file"] for record in every]
-    names = [f"{record['index']} {record['prompt']}" for record in every]
+    files = [folder / record["file"] for record in records]
+    names = [f"{record['index']} {record['prompt']}" for record in records]
     return names, lambda index: read_clip(files[index]).frames[: shape.num_frames]
 
 
@@ -157,16 +154,16 @@ def _features(
     stage: str,
     progress: Progress,
 ) -> Tensor:
-    """float32 (count, D) on every rank; each works on some of the videos."""
-    mine = list(range(place.rank, count, place.world_size))
-    rows: list[tuple[int, Tensor]] = []
-    for begin in range(0, len(mine), config.batch_size):
-        part = mine[begin : begin + config.batch_size]
+    """float32 (count, D) on every rank; each works on some of the batches, which are the same on
+    any number of ranks, because the last bits of a video's features depend on its batch."""
+    size = config.batch_size
+
+    def batch(number: int) -> Tensor:
+        part = range(number * size, min(count, (number + 1) * size))
         videos = torch.from_numpy(np.stack([read(index) for index in part])).to(place.device)
-        rows += zip(part, extract(videos).float().cpu(), strict=True)
-        progress(stage, begin + len(part), len(mine))
-    every = dict(row for part in place.gather_objects(rows) for row in part)
-    return torch.stack([every[index] for index in range(count)])
+        return extract(videos).float().cpu()
+
+    return torch.cat(shared(place, -(-count // size), batch, partial(progress, stage)))
 
 
 def _check_count(config: FvdConfig, count: int, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,14 @@ from opensora.arena.truth import Scene
 from opensora.config import Config
 from opensora.data.folder import SUFFIXES
 from opensora.errors import DataError, UsageError
-from opensora.evaluate import physics_iq
-from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, alone, write
-from opensora.infer import samples
+from opensora.evaluate import drawing, physics_iq
+from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer.conditions import Reference
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
 from opensora.infer.samples import Job
 from opensora.media.read import read_clip
 from opensora.media.write import write_video
-from opensora.runtime import uniform
+from opensora.runtime import Runtime, uniform
 
 _RESAMPLES = 2000
 
@@ -45,7 +45,7 @@ class PhysicsConfig(Config):
     )
     seed: int = Field(default=1, ge=0, lt=2**32, description="of the scenes and of the samples")
     sampling: SamplingConfig = SamplingConfig()
-    batch_size: int = Field(default=16, ge=1, description="videos drawn at a time")
+    batch_size: int = Field(default=8, ge=1, description="videos drawn at a time")
     real: Path | None = Field(
         default=None, description="folder of real videos, to judge a folder of generated ones"
     )
@@ -73,32 +73,36 @@ def run(subject: Subject, config: PhysicsConfig, output: Path, progress: Progres
         UsageError: a checkpoint with `real`, a folder without it, or a model of another shape.
         DataError: videos are missing or differ in shape.
     """
-    alone(subject, "physics")
     if subject.videos is not None:
-        return _judge_folder(subject.videos, config, output, progress)
-    pipeline = subject.model
+        return _judge_folder(subject, config, output, progress)
+    pipeline, place = subject.model, subject.place
     if config.real is not None:
         raise UsageError("real is for judging a folder of videos: leave it out with a checkpoint")
     scenes = [sample(config.scenes, config.seed, i, "heldout") for i in range(config.num)]
     cut = _check_shape(pipeline, config)
-    truth = [render(scene) for scene in scenes]
-    takes = [render(another_take(scene, config)) for scene in scenes]
-    futures: dict[str, Sequence[np.ndarray]] = {
-        "generated": _draw(pipeline, scenes, truth, config, output / "samples", progress)
-    }
+    work = _jobs(pipeline, scenes, config, output / "given", place)
+    drawn = {"generated": _draw(pipeline, work, config, output / "samples", place, progress)}
     if subject.fresh is not None:
         fresh, folder = subject.fresh(), output / "samples_untrained"
-        futures["untrained"] = _draw(fresh, scenes, truth, config, folder, progress)
-    futures["still"] = [np.repeat(v[cut - 1 : cut], len(v), axis=0) for v in truth]
-    if len(truth) > 1:
-        futures["shuffled"] = [*truth[1:], truth[0]]
-    futures["truth"] = takes
-    names = [f"{i} {scene.caption}" for i, scene in enumerate(scenes)]
-    rows = []
-    for group, videos in futures.items():
-        for done, (name, real, video) in enumerate(zip(names, truth, videos, strict=True), 1):
-            rows.append(Row(group, name, physics_iq.measure(real[cut:], video[cut:])))
-            progress(f"judging {group}", done, len(names))
+        drawn["untrained"] = _draw(fresh, work, config, folder, place, progress)
+
+    def judge(index: int) -> dict[str, dict[str, float]]:
+        truth = render(scenes[index])
+        futures = {group: read_clip(files[index]).frames for group, files in drawn.items()}
+        futures["still"] = np.repeat(truth[cut - 1 : cut], len(truth), axis=0)
+        if len(scenes) > 1:
+            futures["shuffled"] = render(scenes[(index + 1) % len(scenes)])
+        futures["truth"] = render(another_take(scenes[index], config))
+        return {g: physics_iq.measure(truth[cut:], video[cut:]) for g, video in futures.items()}
+
+    found = shared(place, len(scenes), judge, partial(progress, "judging"))
+    if not place.is_main:
+        return {}
+    rows = [
+        Row(group, f"{index} {scene.caption}", found[index][group])
+        for group in found[0]
+        for index, scene in enumerate(scenes)
+    ]
     settings = {
         "suite": "physics",
         "weights": pipeline.fingerprint,
@@ -149,40 +153,56 @@ def _check_shape(pipeline: VideoPipeline, config: PhysicsConfig) -> int:
     return config.given
 
 
-def _draw(
+def _jobs(
     pipeline: VideoPipeline,
     scenes: Sequence[Scene],
-    truth: Sequence[np.ndarray],
     config: PhysicsConfig,
     folder: Path,
-    progress: Progress,
-) -> list[np.ndarray]:
-    """Videos that begin as the scenes do, under their captions; a stopped call goes on."""
+    place: Runtime,
+) -> list[Job]:
+    """Videos that begin as the scenes do, under their captions; `folder` gets the beginnings."""
     latents = 1 + (config.given - 1) // pipeline.vae.stride[0]
-    beginnings = folder.parent / "given"
-    work = []
-    for index, (scene, video) in enumerate(zip(scenes, truth, strict=True)):
-        # A picture is exact; several frames go through the best quality that a video has.
-        suffix, crf = (".png", None) if config.given == 1 else (".mp4", 0)
-        path = beginnings / f"{index:06d}{suffix}"
+    # A picture is exact; several frames go through the best quality that a video has.
+    suffix, crf = (".png", None) if config.given == 1 else (".mp4", 0)
+
+    def job(index: int) -> Job:
+        path, scene = folder / f"{index:06d}{suffix}", scenes[index]
         if not path.is_file():
-            write_video(path, video[: config.given], fps=scene.fps, crf=crf)
+            write_video(path, render(scene)[: config.given], fps=scene.fps, crf=crf)
         reference = Reference(str(path), count=latents)
         seed = config.seed * 1_000_000 + index
-        work.append(Job(index, scene.caption, seed, references=(reference,)))
-    records = samples.draw(
+        return Job(index, scene.caption, seed, references=(reference,))
+
+    return shared(place, len(scenes), job, lambda *_: None)
+
+
+def _draw(
+    pipeline: VideoPipeline,
+    work: Sequence[Job],
+    config: PhysicsConfig,
+    folder: Path,
+    place: Runtime,
+    progress: Progress,
+) -> list[Path]:
+    """The files of the jobs; a stopped call goes on."""
+    records = drawing.draw(
         pipeline,
         work,
         folder,
         sampling=config.sampling,
         batch_size=config.batch_size,
-        progress=lambda *n: progress(f"drawing {folder.name}", *n),
+        place=place,
+        progress=partial(progress, f"drawing {folder.name}"),
     )
-    return [read_clip(folder / record["file"]).frames for record in records]
+    return [folder / record["file"] for record in records]
 
 
-def _judge_folder(videos: Path, config: PhysicsConfig, output: Path, progress: Progress) -> Results:
+def _judge_folder(
+    subject: Subject, config: PhysicsConfig, output: Path, progress: Progress
+) -> Results:
     """Generated videos against real ones of the same name."""
+    videos, place = subject.videos, subject.place
+    assert videos is not None, "the caller has looked"
     if config.real is None:
         raise UsageError("judging a folder of videos needs real=FOLDER, whose names are the same")
     names = _names(videos)
@@ -197,11 +217,17 @@ def _judge_folder(videos: Path, config: PhysicsConfig, output: Path, progress: P
     lacking = sorted({*wanted} - {*second}) if second else []
     if lacking or (config.take_two is not None and not second):
         raise DataError(f"{config.take_two} lacks {len(lacking) or 'all'} of the second takes")
-    rows = []
-    for done, stem in enumerate(sorted(wanted), 1):
+    stems = sorted(wanted)
+
+    def judge(index: int) -> list[Row]:
+        stem = stems[index]
         real = read_clip(wanted[stem]).frames
-        rows += _pairs(stem, real, read_clip(names[stem]).frames, second.get(stem))
-        progress("judging", done, len(wanted))
+        return list(_pairs(stem, real, read_clip(names[stem]).frames, second.get(stem)))
+
+    found = shared(place, len(stems), judge, partial(progress, "judging"))
+    if not place.is_main:
+        return {}
+    rows = [row for rows in found for row in rows]
     settings = {
         "suite": "physics", "weights": str(videos), "videos": len(wanted),
         "real": str(config.real), "take_two": str(config.take_two),

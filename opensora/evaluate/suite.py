@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opensora.arena.score import aggregate
 from opensora.config import Config
@@ -21,6 +21,7 @@ from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.runtime import ALONE, Runtime
 from opensora.vae.causal import CausalVAE
 
+Found = TypeVar("Found")
 Progress = Callable[[str, int, int], None]
 Results = dict[str, Any]
 Estimates = dict[str, dict[str, float]]
@@ -53,7 +54,7 @@ class Subject:
         pipeline: None where finished videos are judged, or a VAE.
         videos: a folder of them; None where the pipeline draws.
         fresh: makes the same architecture with weights as they were before training.
-        place: ranks share the drawing where a suite allows it.
+        place: its ranks share the drawing and the judging; the first one writes.
         alone: the VAE of a checkpoint of the task autoencoder.
     """
 
@@ -98,7 +99,8 @@ class Suite:
 
     Attributes:
         config: its settings, each with a default.
-        run: (subject, config, output folder, progress) -> what it wrote to `scores.json`.
+        run: (subject, config, output folder, progress) -> what the first rank wrote to
+            `scores.json`; the others may return {}.
         columns: metrics that the printed table shows, in order; none shows all.
     """
 
@@ -158,11 +160,19 @@ def write(
     return json.loads(text)
 
 
-def alone(subject: Subject, name: str) -> None:
-    """Refuse several ranks.
+def shared(
+    place: Runtime, count: int, work: Callable[[int], Found], progress: Callable[[int, int], None]
+) -> list[Found]:
+    """work(0), ..., work(count - 1), in this order on every rank; ranks share the calls.
 
-    Raises:
-        UsageError: this is one rank of several.
+    Args:
+        work: gives something that can be pickled, whichever rank calls it.
+        progress: called with (done, total) of this rank.
     """
-    if subject.place.world_size > 1:
-        raise UsageError(f"the suite '{name}' runs in one process: call it without torchrun")
+    mine = range(place.rank, count, place.world_size)
+    found = []
+    for done, index in enumerate(mine, 1):
+        found.append(work(index))
+        progress(done, len(mine))
+    parts = place.gather_objects(found)
+    return [parts[i % place.world_size][i // place.world_size] for i in range(count)]

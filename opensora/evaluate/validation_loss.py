@@ -8,8 +8,9 @@ Open-Sora 1.2's report used this loss, averaged over shapes, as a measure of qua
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from opensora.data.latents import open_cache
 from opensora.data.plan import once
 from opensora.engine import checkpoint
 from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips, read_manifest
-from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, write
+from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer.pipeline import VideoPipeline
 from opensora.types import Condition
 
@@ -73,6 +74,10 @@ class _Example:
     size: tuple[int, int]
 
 
+Examples = tuple[Callable[[int], _Example], int, dict[str, Any]]
+"""What reads a clip, how many there are, and what the settings say of all of them."""
+
+
 def run(subject: Subject, config: LossConfig, output: Path, progress: Progress) -> Results:
     """Measure the loss; ranks share the clips.
 
@@ -86,22 +91,20 @@ def run(subject: Subject, config: LossConfig, output: Path, progress: Progress) 
         DataError: clips or latents cannot be read, or are another VAE's.
     """
     pipeline, place = subject.model, subject.place
-    examples, count, facts = _examples(pipeline, config, place.rank, place.world_size)
-    found = []
-    for done, example in enumerate(examples, 1):
-        found.append(
-            (example.number, example.name, example.bucket, _loss(pipeline, example, config))
-        )
-        progress("loss", done, count)
-    every = sorted(
-        (row for part in place.gather_objects(found) for row in part), key=lambda r: r[0]
-    )
+    read, count, facts = _examples(pipeline, config)
+
+    def measured(index: int) -> tuple[int, str, str, dict[str, float]]:
+        example = read(index)
+        return example.number, example.name, example.bucket, _loss(pipeline, example, config)
+
+    found = shared(place, count, measured, partial(progress, "loss"))
     if not place.is_main:
         return {}
-    rows = [Row("all", name, values) for _, name, _, values in every]
-    buckets = sorted({bucket for _, _, bucket, _ in every})
+    found.sort(key=lambda row: row[0])
+    rows = [Row("all", name, values) for _, name, _, values in found]
+    buckets = sorted({bucket for _, _, bucket, _ in found})
     if len(buckets) > 1:
-        rows += [Row(bucket, name, values) for _, name, bucket, values in every]
+        rows += [Row(bucket, name, values) for _, name, bucket, values in found]
     settings = {
         "suite": "loss", "weights": pipeline.fingerprint, "seed": config.seed,
         "levels": config.levels, "repeats": config.repeats,
@@ -145,38 +148,32 @@ def _condition(pipeline: VideoPipeline, example: _Example) -> Condition:
     return Condition(text.tokens, text.mask, text.pooled, fps, size).to(pipeline.device)
 
 
-def _examples(
-    pipeline: VideoPipeline, config: LossConfig, rank: int, world_size: int
-) -> tuple[Iterator[_Example], int, dict[str, Any]]:
-    """This rank's clips, how many they are, and what the settings say of all of them."""
+def _examples(pipeline: VideoPipeline, config: LossConfig) -> Examples:
+    """The clips, and what the settings say of them."""
     if config.buckets is not None:
-        return _bucketed(pipeline, config.clips, config.buckets, rank, world_size)
+        return _bucketed(pipeline, config.clips, config.buckets)
     if config.cache is None:
         clips = open_clips(config.clips, pipeline.shape)
         pipeline.latent_shape(clips.shape)
-        mine = range(rank, len(clips), world_size)
-        return (_encoded(pipeline, clips, i) for i in mine), len(mine), {"clips": clips.facts}
+        return partial(_encoded, pipeline, clips), len(clips), {"clips": clips.facts}
     cache = open_cache(config.cache)
     here = {**cache.identity, "vae": checkpoint.identity(pipeline.vae.state_dict())}
     cache = open_cache(config.cache, identity=here)
     rows = sorted(cache.entries)
-    mine = rows[rank::world_size]
     names = "".join(cache.entries[row].file_sha256 + cache.entries[row].recipe for row in rows)
     facts = {"cache": hashlib.sha256(names.encode()).hexdigest()[:16], "clips": len(rows)}
 
-    def cached() -> Iterator[_Example]:
-        for row in mine:
-            e = cache.entries[row]
-            bucket = f"{e.num_frames}x{e.height}x{e.width}"
-            size, latents = (e.height, e.width), cache.latents(row)
-            yield _Example(row, f"{row:06d}", bucket, latents, e.text, e.fps, size)
+    def cached(index: int) -> _Example:
+        row = rows[index]
+        e = cache.entries[row]
+        bucket = f"{e.num_frames}x{e.height}x{e.width}"
+        size, latents = (e.height, e.width), cache.latents(row)
+        return _Example(row, f"{row:06d}", bucket, latents, e.text, e.fps, size)
 
-    return cached(), len(mine), facts
+    return cached, len(rows), facts
 
 
-def _bucketed(
-    pipeline: VideoPipeline, config: RealClipsConfig, buckets: BucketsConfig, rank: int, ranks: int
-) -> tuple[Iterator[_Example], int, dict[str, Any]]:
+def _bucketed(pipeline: VideoPipeline, config: RealClipsConfig, buckets: BucketsConfig) -> Examples:
     """`_examples` of a manifest whose clips have several shapes; none is left out by chance."""
     assert config.path is not None
     rows = read_manifest(config.path)
@@ -184,22 +181,21 @@ def _bucketed(
     assigner = BucketAssigner(rows, buckets, stride=stride, patch=patch, seed=0)
     reader = ClipReader(rows, buckets, ClipsConfig(start="first"), seed=0)
     every = [(row, batch.bucket) for batch in once(assigner) for row in batch.rows.tolist()]
-    mine = every[rank::ranks]
 
-    def cut() -> Iterator[_Example]:
-        for row, bucket in mine:
-            with torch.no_grad():
-                latents = pipeline.vae.encode(reader(row, bucket, 0)[None].to(pipeline.device))[0]
-            name, size = f"{row:06d} {rows.paths[row]}", (bucket.height, bucket.width)
-            text = rows.texts[row]
-            yield _Example(row, name, bucket.shape, latents, text, reader.fps(row), size)
+    def cut(index: int) -> _Example:
+        row, bucket = every[index]
+        with torch.no_grad():
+            latents = pipeline.vae.encode(reader(row, bucket, 0)[None].to(pipeline.device))[0]
+        name, size = f"{row:06d} {rows.paths[row]}", (bucket.height, bucket.width)
+        text = rows.texts[row]
+        return _Example(row, name, bucket.shape, latents, text, reader.fps(row), size)
 
     facts = {
         "manifest": rows.identity[:16],
         "buckets": buckets.model_dump(mode="json"),
         "clips": len(every),
     }
-    return cut(), len(mine), facts
+    return cut, len(every), facts
 
 
 def _encoded(pipeline: VideoPipeline, clips: Clips, index: int) -> _Example:

@@ -115,7 +115,7 @@ def draw(
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
     Args:
-        batch_size: videos at a time; no video depends on it.
+        batch_size: videos at a time; no video depends on it, but for rounding (see below).
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
         picture_first: draw a picture from each prompt, then the video that begins with it.
@@ -123,6 +123,10 @@ def draw(
         name: of a job's file, without the suffix; no two jobs may share one.
         place: where several ranks are given the same jobs and folder, each draws its share of
             what is missing, or all of them draw each video where the pipeline has a team.
+
+    A video's last bits depend on those that share its batch. So batches are those of all jobs in
+    their order, whichever ranks draw them; one of which a video is missing is drawn whole, and only
+    what is missing is written. Files are then the same after any kills on any number of ranks.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
@@ -140,22 +144,27 @@ def draw(
     _check(work, long=long is not None, picture_first=picture_first)
     together = place.world_size > 1 and pipeline.team is not None
     wanted = {job.index: job for job in work}
-    # No rank draws before all of them have seen the same folder; a team sees the first one's.
-    seen = place.gather_objects(_finished(folder, settings, wanted, suffix))
-    done = seen[0] if together else seen[place.rank]
-    missing = [job for job in work if job.index not in done]
-    missing = missing if together else missing[place.rank :: place.world_size]
+    # No rank draws before all have looked; what the first one sees decides who draws what.
+    done = place.gather_objects(_finished(folder, settings, wanted, suffix))[0]
+    batches = [
+        batch
+        for batch in _batches(work, 1 if long is not None else batch_size)
+        if any(job.index not in done for job in batch)
+    ]
+    batches = batches if together else batches[place.rank :: place.world_size]
     if progress:
         progress(len(done), len(work))
     writes = place.is_main or not together
     if writes:
         _mend(folder / RECORD_NAME)
-    for batch in _batches(missing, 1 if long is not None else batch_size):
+    for batch in batches:
         if long is not None:
             videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
         else:
             videos = _short(pipeline, batch, picture_first, options)
         for job, frames in zip(batch, videos, strict=True):
+            if job.index in done:
+                continue
             record = {"file": name(job) + suffix, **job.record, **settings}
             if writes:
                 shown = islice(frames, 1) if suffix == ".png" else frames

@@ -19,7 +19,7 @@ from opensora.evaluate.physics import PhysicsConfig, another_take
 from opensora.evaluate.suite import Autoencoder, Subject
 from opensora.infer.pipeline import Sample, Shape
 from opensora.media.write import write_video
-from opensora.runtime import Runtime, noise
+from opensora.runtime import noise
 from opensora.vae.perceptual import PerceptualDistance
 from tests.infer.conftest import build_pipeline
 
@@ -345,26 +345,6 @@ def test_suites_leave_no_tensor_behind(pipeline, tmp_path):
         before = alive()
         suite.run(Subject(pipeline), config, tmp_path / f"again {number}", silent)
         assert alive() <= before
-
-
-def test_ranks_share_the_clips_and_find_what_one_finds(tmp_path):
-    """Two ranks one after the other, whose gathering is done by hand."""
-    subject, config = judged(lambda frames: 0.1)
-    whole = fidelity.run(subject, config, tmp_path / "one", silent)
-    parts: list = []
-
-    class Half(Runtime):
-        def gather_objects(self, value):
-            parts.append(value)
-            return list(parts)
-
-    halves = [Half(rank, 2, rank, torch.device("cpu")) for rank in (1, 0)]
-    results = [
-        fidelity.run(Subject(alone=subject.alone, place=place), config, tmp_path / "two", silent)
-        for place in halves
-    ]
-    assert results[0] == {}
-    assert results[1]["vae"] == whole["vae"]
 
 
 def test_scenes_on_disk_and_rendered_ones_are_read_alike(tmp_path):

@@ -74,9 +74,11 @@ def test_a_stopped_call_is_completed_by_the_same_call(painter, tmp_path):
     lines = (tmp_path / "samples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / whole[4]["file"]).unlink()  # died before its file
     (tmp_path / "samples.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
+    left = [path.stat().st_mtime_ns for path in tmp_path.glob("000[01]*")]
     again = Painter()
     records = draw(again, work, tmp_path, sampling=QUICK)
-    assert again.drawn == [PROMPTS[2:]]
+    assert again.drawn == [PROMPTS]  # the whole batch, so that last bits are those of before
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("000[01]*")] == left
     assert records == whole
     assert read_records(tmp_path) == whole  # the torn line took none with it
     third = Painter()
@@ -86,17 +88,21 @@ def test_a_stopped_call_is_completed_by_the_same_call(painter, tmp_path):
 
 def test_a_lost_video_is_drawn_again_and_counted_once(painter, tmp_path):
     work = jobs(PROMPTS, seed=0)
-    whole = draw(painter, work, tmp_path, sampling=QUICK)
+    whole = draw(painter, work, tmp_path, sampling=QUICK, batch_size=2)
     (tmp_path / whole[1]["file"]).unlink()
-    draw(painter, work, tmp_path, sampling=QUICK)
-    assert painter.drawn[-1] == [PROMPTS[1]]
+    draw(painter, work, tmp_path, sampling=QUICK, batch_size=2)
+    assert painter.drawn[3:] == [PROMPTS[:2]]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
     assert [r["index"] for r in read_records(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 def test_more_prompts_extend_a_folder(painter, tmp_path):
-    draw(painter, jobs(PROMPTS[:2], seed=0), tmp_path, sampling=QUICK)
+    draw(painter, jobs(PROMPTS[:2], seed=0), tmp_path, sampling=QUICK, batch_size=2)
+    draw(painter, jobs(PROMPTS, seed=0), tmp_path, sampling=QUICK, batch_size=3)
+    assert painter.drawn == [PROMPTS[:2], PROMPTS[:3], PROMPTS[3:]]
+    painter.drawn.clear()
     draw(painter, jobs(PROMPTS, seed=0), tmp_path, sampling=QUICK)
-    assert painter.drawn == [PROMPTS[:2], PROMPTS[2:]]
+    assert not painter.drawn
 
 
 @pytest.mark.parametrize(

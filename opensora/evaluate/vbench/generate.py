@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora.errors import DataError
+from opensora.evaluate import drawing
 from opensora.evaluate.vbench.config import DrawingConfig
 from opensora.evaluate.vbench.prompts import Entry, file_name, refuse_collisions
-from opensora.infer import samples
 from opensora.infer.conditions import Reference
-from opensora.infer.pipeline import Shape, VideoPipeline
+from opensora.infer.pipeline import VideoPipeline
 from opensora.infer.samples import Job
-from opensora.media.read import read_clip
 from opensora.runtime import ALONE, Runtime, address
 
 STRIDE = 1000
@@ -100,7 +99,7 @@ def draw(
     place: Runtime = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Draw what is missing, decode everything, and draw again what does not decode.
+    """`evaluate.drawing.draw` under VBench's names.
 
     Raises:
         DataError: a video does not decode to what was drawn, twice; or the file system ignores
@@ -108,47 +107,14 @@ def draw(
         UsageError: the folder holds samples of other weights or settings.
     """
     refuse_collisions([job.prompt for job in work], folder)
-    for attempt in (1, 2):
-        records = samples.draw(
-            pipeline,
-            work,
-            folder,
-            sampling=config.sampling,
-            negative_prompt=config.negative_prompt,
-            batch_size=config.batch_size,
-            name=lambda job: file_name(job.prompt, job.index % STRIDE, ""),
-            place=place,
-            progress=progress,
-        )
-        broken = [
-            one for found in place.gather_objects(_broken(folder, records, place)) for one in found
-        ]
-        if not broken:
-            return records
-        if attempt == 1 and place.is_main:
-            for name, _ in broken:
-                (folder / name).unlink(missing_ok=True)
-        place.barrier()
-    name, reason = broken[0]
-    raise DataError(
-        f"{len(broken)} of {len(records)} drawn videos do not decode; '{name}': {reason}. Check "
-        f"the disk of {folder}"
+    return drawing.draw(
+        pipeline,
+        work,
+        folder,
+        sampling=config.sampling,
+        negative_prompt=config.negative_prompt,
+        batch_size=config.batch_size,
+        name=lambda job: file_name(job.prompt, job.index % STRIDE, ""),
+        place=place,
+        progress=progress,
     )
-
-
-def _broken(
-    folder: Path, records: Sequence[dict[str, Any]], place: Runtime
-) -> list[tuple[str, str]]:
-    """This rank's share of the files, those that do not decode to their recorded shape."""
-    found = []
-    for record in records[place.rank :: place.world_size]:
-        try:
-            shape = Shape(**record["shape"])
-            frames = read_clip(folder / record["file"]).frames
-            # 4:2:0 needs even sides: the writer adds a row or a column to odd ones.
-            even = (shape.height + shape.height % 2, shape.width + shape.width % 2)
-            if frames.shape[:3] != (shape.num_frames, *even):
-                raise DataError(f"it decodes to {'x'.join(map(str, frames.shape[:3]))}")
-        except DataError as error:
-            found.append((record["file"], str(error)))
-    return found

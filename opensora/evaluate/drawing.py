@@ -1,0 +1,84 @@
+"""The videos of a suite: drawn by all ranks, decoded, counted, and drawn again where one is broken.
+
+A score is of the videos that lie in the folder, so each of them is decoded before any is judged.
+What a seed and a batch draw is the same on any number of ranks (`infer.samples`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opensora.errors import DataError
+from opensora.infer import samples
+from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.samples import Job
+from opensora.media.read import read_clip
+from opensora.media.write import safe_name
+from opensora.runtime import Runtime
+
+
+def draw(
+    pipeline: VideoPipeline,
+    work: Sequence[Job],
+    folder: Path,
+    *,
+    sampling: SamplingConfig,
+    batch_size: int,
+    place: Runtime,
+    progress: Callable[[int, int], None] | None = None,
+    shape: Shape | None = None,
+    negative_prompt: str = "",
+    name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
+) -> list[dict[str, Any]]:
+    """Draw what is missing, decode everything, and draw again what does not decode.
+
+    Args: those of `infer.samples.draw`.
+
+    Returns:
+        One record a job, in the order of `work`, on every rank.
+
+    Raises:
+        DataError: a video does not decode to what was drawn, twice.
+        UsageError: the folder holds samples of other weights or settings.
+    """
+    for attempt in (1, 2):
+        records = samples.draw(
+            pipeline,
+            work,
+            folder,
+            sampling=sampling,
+            shape=shape,
+            negative_prompt=negative_prompt,
+            batch_size=batch_size,
+            name=name,
+            place=place,
+            progress=progress,
+        )
+        mine = records[place.rank :: place.world_size]
+        found = place.gather_objects([(r["file"], _damage(folder, r)) for r in mine])
+        broken = [(file, reason) for part in found for file, reason in part if reason]
+        if not broken:
+            return records
+        if attempt == 1 and place.is_main:
+            for file, _ in broken:
+                (folder / file).unlink(missing_ok=True)
+        place.barrier()
+    file, reason = broken[0]
+    raise DataError(
+        f"{len(broken)} of {len(records)} drawn videos do not decode; '{file}': {reason}. Check "
+        f"the disk of {folder}"
+    )
+
+
+def _damage(folder: Path, record: dict[str, Any]) -> str:
+    """Why a file does not decode to the shape of its record; empty where it does."""
+    shape = Shape(**record["shape"])
+    # 4:2:0 needs even sides: the writer adds a row or a column to odd ones.
+    whole = (shape.num_frames, shape.height + shape.height % 2, shape.width + shape.width % 2)
+    try:
+        found = read_clip(folder / record["file"]).frames.shape[:3]
+    except DataError as error:
+        return str(error)
+    return "" if found == whole else f"it decodes to {'x'.join(map(str, found))}"
