@@ -50,8 +50,7 @@ class EncodeConfig(Config):
 
 def run(config: EncodeConfig) -> None:
     """Encode what the cache lacks and publish its index."""
-    place = runtime.start(config.device)
-    try:
+    with runtime.taking_part(config.device) as place:
         job = build(config, place.device)
         with Stages(visible=place.is_main) as stages:
             encode.encode(
@@ -65,8 +64,6 @@ def run(config: EncodeConfig) -> None:
         if place.is_main:
             print(f"{encode.publish(job)} clips in {config.output}")
         place.barrier()
-    finally:
-        place.close()
 
 
 def build(config: EncodeConfig, device: torch.device) -> encode.EncodeJob:

@@ -88,8 +88,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
     settings = _checked(asked)
     savings = configs.validate(SavingsConfig, asked.savings, where="sample")
     lines = asked.words.read()
-    place = runtime.start(asked.device)
-    try:
+    with runtime.taking_part(asked.device) as place:
         lines = asked.words.said(lines, refined(asked, lines, place))
         load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
         pipeline = load(checkpoint)
@@ -131,8 +130,6 @@ def draw(checkpoint: Path, asked: Asked) -> None:
             place.barrier()
             if place.is_main:
                 write_grid(asked.output, count=len(lines) * asked.per_prompt)
-    finally:
-        place.close()
     if place.is_main:
         for record in records:
             print(asked.output / record["file"])

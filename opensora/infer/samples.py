@@ -178,6 +178,8 @@ def draw(
     if place.world_size > 1 and not together:
         place.barrier()
         done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
+        if progress:
+            progress(len(done), len(work))
     return [done[job.index] for job in work]
 
 

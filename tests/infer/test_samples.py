@@ -10,6 +10,7 @@ from opensora.infer import samples
 from opensora.infer.pipeline import Sample, SamplingConfig
 from opensora.infer.samples import draw, jobs, read_prompts, read_records
 from opensora.media.read import read_clip
+from tests.evaluate.vbench.ranks import on_ranks
 from tests.infer.conftest import SHAPE, build_pipeline
 
 QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 1}})
@@ -103,6 +104,28 @@ def test_more_prompts_extend_a_folder(painter, tmp_path):
     painter.drawn.clear()
     draw(painter, jobs(PROMPTS, seed=0), tmp_path, sampling=QUICK)
     assert not painter.drawn
+
+
+class Crowded(Painter):
+    """Whose videos depend on all that share their batch, as the last bits of real ones do."""
+
+    def __call__(self, prompts, *, seeds, **options):
+        return super().__call__(prompts, seeds=[sum(seeds)] * len(seeds), **options)
+
+
+def test_files_are_the_same_after_any_kill_on_any_number_of_ranks(tmp_path):
+    work = jobs([f"prompt {i}" for i in range(11)], seed=0)
+    options = {"sampling": QUICK, "batch_size": 3}
+    draw(Crowded(), work, tmp_path / "one", **options)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.mp4")}
+    for ranks, lost in ((2, ()), (3, (1, 7, 10)), (4, (0, 1, 2, 3))):
+        folder = tmp_path / str(ranks)
+        draw(Crowded(), work[:9], folder, **options)
+        for index in lost:
+            for path in folder.glob(f"{index:04d}*.mp4"):
+                path.unlink()
+        on_ranks(ranks, lambda place, to=folder: draw(Crowded(), work, to, place=place, **options))
+        assert {path.name: path.read_bytes() for path in folder.glob("*.mp4")} == whole
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ DATA = (
 )
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["opensora.train.run", "opensora.cli.sampling", "torch._dynamo"])
+_context.set_forkserver_preload(["opensora.train.run", "opensora.cli.judging", "torch._dynamo"])
 
 
 def training(output: Path, *overrides: str) -> list[str]:
