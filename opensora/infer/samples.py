@@ -143,17 +143,13 @@ def draw(
         settings["picture_first"] = True
     _check(work, long=long is not None, picture_first=picture_first)
     together = place.world_size > 1 and pipeline.team is not None
+    tell = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
     # No rank draws before all have looked; what the first one sees decides who draws what.
     done = place.gather_objects(_finished(folder, settings, wanted, suffix))[0]
-    batches = [
-        batch
-        for batch in _batches(work, 1 if long is not None else batch_size)
-        if any(job.index not in done for job in batch)
-    ]
+    batches = _unfinished(work, done, 1 if long is not None else batch_size)
     batches = batches if together else batches[place.rank :: place.world_size]
-    if progress:
-        progress(len(done), len(work))
+    tell(len(done), len(work))
     writes = place.is_main or not together
     if writes:
         _mend(folder / RECORD_NAME)
@@ -173,13 +169,11 @@ def draw(
             else:
                 deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
-        if progress:
-            progress(len(done), len(work))
+        tell(len(done), len(work))
     if place.world_size > 1 and not together:
         place.barrier()
         done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
-        if progress:
-            progress(len(done), len(work))
+        tell(len(done), len(work))
     return [done[job.index] for job in work]
 
 
@@ -299,6 +293,11 @@ def _mend(path: Path) -> None:
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with open(path, "ab") as log:
             log.write(b"\n")
+
+
+def _unfinished(work: Sequence[Job], done: Records, size: int) -> list[Sequence[Job]]:
+    """The batches of all jobs, of which a video is missing."""
+    return [b for b in _batches(work, size) if any(job.index not in done for job in b)]
 
 
 def _batches(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:

@@ -21,6 +21,7 @@ WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 30
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
+STEP = "step"
 _NUM_TOOLTIPS = 48
 _MAX_DOTS = 40
 _MAX_MARKS = 200
@@ -65,8 +66,9 @@ def line_chart(
     level: tuple[str, float] | None = None,
     marks: Sequence[float] = (),
     note: str = "",
+    across: str = STEP,
 ) -> Markup:
-    """Curves over training steps.
+    """Curves over training steps, or over something else that counts upwards.
 
     Args:
         curves: drawn in order, the last one on top; each is thinned to what a screen shows.
@@ -75,6 +77,7 @@ def line_chart(
         level: a named value to draw as a dashed line, left out where it lies off the chart.
         marks: steps to tick in red along the bottom, such as skipped ones.
         note: a sentence below the title.
+        across: what lies across; the last value is the newest only of steps.
 
     Returns:
         A <figure>; Markup("") when no curve has a finite value.
@@ -88,15 +91,16 @@ def line_chart(
         tight_axis(min(0.0, float(steps.min())), float(steps.max())),
         fit_axis(values, from_zero=from_zero),
     )
+    with_last = across == STEP
     summary = "; ".join(f"{c.name} ends at {figure(c.series.last())}" for c in curves)
     drawing = element(
         "svg",
-        element("title", f"{title} over training steps: {summary}"),
+        element("title", f"{title} over {'training ' * with_last}{across}s: {summary}"),
         _grid(frame),
         _level(frame, level),
         [_line(frame, curve) for curve in curves],
         _marks(frame, marks),
-        _tooltips(frame, curves),
+        _tooltips(frame, curves, across),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         class_="plot",
@@ -108,11 +112,11 @@ def line_chart(
             "figcaption",
             element("h4", words),
             element("p", note, class_="note") if note else None,
-            _legend(curves),
+            _legend(curves, with_last=with_last),
         ),
         drawing,
         class_="chart",
-        data_chart=_hover_data(frame, curves),
+        data_chart=_hover_data(frame, curves, across),
     )
 
 
@@ -226,7 +230,7 @@ def _marks(frame: _Frame, steps: Sequence[float]) -> list[Markup]:
     return parts
 
 
-def _tooltips(frame: _Frame, curves: Sequence[Curve]) -> Markup:
+def _tooltips(frame: _Frame, curves: Sequence[Curve], across: str) -> Markup:
     """Invisible columns whose titles browsers show on hover, without any script."""
     span = frame.x.high - frame.x.low
     columns = []
@@ -236,7 +240,8 @@ def _tooltips(frame: _Frame, curves: Sequence[Curve]) -> Markup:
         for curve in curves:
             nearest = int(np.abs(curve.series.steps - middle).argmin())
             step, value = curve.series.steps[nearest], float(curve.series.values[nearest])
-            lines.append(f"step {step:,.0f}: {curve.name} {figure(value, 4)}")
+            place = f"{step:,.0f}" if step == round(step) else figure(step)
+            lines.append(f"{across} {place}: {curve.name} {figure(value, 4)}")
         width = PLOT_WIDTH / _NUM_TOOLTIPS
         columns.append(
             element(
@@ -251,21 +256,24 @@ def _tooltips(frame: _Frame, curves: Sequence[Curve]) -> Markup:
     return element("g", columns, class_="columns")
 
 
-def _legend(curves: Sequence[Curve]) -> Markup | None:
-    """Names and newest values; a lone curve needs no name beside its title."""
+def _legend(curves: Sequence[Curve], *, with_last: bool) -> Markup | None:
+    """Names, and newest values of steps; a lone curve needs no name beside its title."""
     entries = []
+    if not with_last and len(curves) == 1:
+        return None
     for curve in curves:
-        last = element("b", figure(curve.series.last(), 4))
+        last = element("b", figure(curve.series.last(), 4)) if with_last else None
         name = [curve.name, " "] if len(curves) > 1 else "now "
         swatch = element("i", class_=f"swatch {curve.look}")
         entries.append(element("span", swatch, name, last))
     return element("p", entries, class_="legend")
 
 
-def _hover_data(frame: _Frame, curves: Sequence[Curve]) -> str:
+def _hover_data(frame: _Frame, curves: Sequence[Curve], across: str) -> str:
     """What the page's script needs to find the nearest points, as JSON."""
     return json.dumps(
         {
+            "across": across,
             "plot": [LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT],
             "x": [frame.x.low, frame.x.high],
             "y": [frame.y.low, frame.y.high, int(frame.y.log)],

@@ -25,7 +25,7 @@
     return step - steps[low] < steps[high] - step ? low : high;
   };
   for (const chart of document.querySelectorAll("figure.chart")) {
-    const { plot: [left, top, width, height], x: [first, last], y: [low, high, log], curves } =
+    const { across: counted, plot: [left, top, width, height], x: [first, last], y: [low, high, log], curves } =
       JSON.parse(chart.dataset.chart);
     const svg = chart.querySelector("svg");
     svg.querySelector(".columns").remove();
@@ -53,7 +53,7 @@
       cursor.setAttribute("x2", place);
       tip.replaceChildren();
       const heading = tip.appendChild(document.createElement("b"));
-      heading.textContent = `step ${step.toLocaleString("en")}`;
+      heading.textContent = `${counted} ${step.toLocaleString("en")}`;
       curves.forEach((curve, i) => {
         const index = nearest(curve.steps, step);
         const value = curve.values[index];

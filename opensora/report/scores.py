@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opensora.report import charts
+from opensora.report import charts, score_curves
 from opensora.report.findings import QUESTIONS, Estimate, Scores, Target
 from opensora.report.json_text import pretty
 from opensora.report.markup import Markup, element, join
@@ -16,7 +16,9 @@ from opensora.report.scale import Axis, figure, fit_axis
 from opensora.report.words import plain, plural, relative, title
 
 HEADLINES = ("colour", "direction", "count", "shape")
-ORDER = ("trained", "shuffled", "untrained", "vae", "truth")
+ORDER = ("trained", "generated", "still", "shuffled", "untrained", "vae", "truth")
+FIRST = ("score", "fvd", "rfvd", "loss")
+"""What a suite is asked for, before its other measures."""
 SHAPES = ("circle", "square", "triangle", "diamond")
 NUM_COLOURS = 6
 
@@ -44,7 +46,7 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
     looks = {group: _look(i) for i, group in enumerate(groups)}
     metrics = _metrics(scores)
     main = [m for m in metrics if m in HEADLINES or any((g, m) in scores.targets for g in groups)]
-    main = main or metrics[:4]
+    main = main or [metric for metric in metrics if not score_curves.is_level(metric)][:4]
     rest = [metric for metric in metrics if metric not in main]
     return element(
         "article",
@@ -52,6 +54,7 @@ def _file(scores: Scores, root: Path, *, single: bool) -> Markup:
         _verdict(scores),
         _warnings(scores),
         _table(scores, main, groups, looks),
+        score_curves.drawn(scores),
         element(
             "details",
             element("summary", plural(len(rest), "more measure")),
@@ -78,7 +81,8 @@ def _ordered(groups: dict[str, dict[str, Estimate]]) -> list[str]:
 def _metrics(scores: Scores) -> list[str]:
     """Every metric once: the questions in their order, then the others by name."""
     names = {name for metrics in scores.groups.values() for name in metrics}
-    return [n for n in QUESTIONS if n in names] + sorted(names - set(QUESTIONS))
+    known = [name for name in (*QUESTIONS, *FIRST) if name in names]
+    return known + sorted(names - set(known))
 
 
 def _table(
@@ -227,12 +231,13 @@ def _warnings(scores: Scores) -> Markup | None:
 
 def _facts(scores: Scores) -> Markup | None:
     """Whatever else the file says, such as the protocol of the suite."""
-    if not scores.facts:
+    facts = {name: fact for name, fact in scores.facts.items() if name != "curves"}
+    if not facts:
         return None
     return element(
         "details",
         element("summary", "How it was measured"),
-        element("pre", pretty(scores.facts)),
+        element("pre", pretty(facts)),
         class_="more",
     )
 

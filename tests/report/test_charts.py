@@ -113,3 +113,14 @@ def test_an_interval_spans_from_low_to_high_with_its_dot_at_the_mean():
 def test_groups_differ_in_shape_and_not_only_in_colour():
     looks = ("circle", "square", "triangle", "diamond")
     assert len({marker(f"c0 {look}") for look in looks}) == 4
+
+
+def test_what_lies_across_is_said_and_only_steps_have_a_newest_value():
+    levels = Curve("all", Series(np.array([0.25, 0.75]), np.array([0.5, 0.125])))
+    page = parse(line_chart("Loss", [levels], across="noise level"))
+    assert page.one("svg").children[0].text == "Loss over noise levels: all ends at 0.125"
+    columns = page.one("g", class_="columns")
+    assert columns.all("title")[0].text == "noise level 0.25: all 0.5"
+    assert json.loads(page.one("figure").attributes["data-chart"])["across"] == "noise level"
+    assert not page.all("p", class_="legend")
+    assert page.text.count("now") == 0

@@ -1,5 +1,7 @@
 """The order and the looks of groups."""
 
+import json
+
 import pytest
 
 from opensora.report.findings import Estimate, Scores
@@ -40,3 +42,29 @@ def test_what_a_suite_warns_of_stands_above_its_figures(tmp_path):
     assert [item.text for item in listed.all("li")] == ["still pictures: <nothing> moves", "3"]
     text = page.text
     assert text.index("still pictures") < text.index("0.790")
+
+
+def test_a_loss_by_level_is_a_curve_with_its_interval(tmp_path):
+    estimate = lambda mean: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": 4}  # noqa: E731
+    group = {"loss": estimate(0.5), "loss_0.75": estimate(0.7), "loss_0.25": estimate(0.3)}
+    write_json(tmp_path / "eval/loss/scores.json", {"all": group, "settings": {"suite": "loss"}})
+    page = read_page(write_report(tmp_path))
+    data = json.loads(page.one("figure", class_="chart").attributes["data-chart"])
+    assert [curve["values"] for curve in data["curves"]] == [[0.2, 0.6], [0.4, 0.8], [0.3, 0.7]]
+    assert data["curves"][2]["steps"] == [0.25, 0.75]
+    first = page.all("table", class_="scores")[0]
+    assert [cell.text for cell in first.all("th", class_="metric")] == ["Loss"]
+
+
+def test_frames_of_a_vae_are_curves_and_what_is_no_number_is_a_gap(tmp_path):
+    scores = {
+        "vae": {"psnr": {"mean": 30.0, "low": 29.0, "high": 31.0, "n": 2}},
+        "curves": {"vae": {"psnr": [31.0, "x", 29.5], "ssim": "none", "odd": 3}, "no": [1]},
+    }
+    write_json(tmp_path / "eval/vae/scores.json", scores)
+    page = read_page(write_report(tmp_path))
+    (chart,) = page.all("figure", class_="chart")
+    assert "PSNR by frame dB" in chart.text
+    data = json.loads(chart.attributes["data-chart"])
+    assert data["curves"][0]["steps"] == [1, 2, 3]
+    assert data["curves"][0]["values"] == [31.0, None, 29.5]
