@@ -8,6 +8,7 @@ with the parts of a pipeline that have names of their own here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -267,7 +268,7 @@ class VideoPipeline:
         weaker = None
         if self.weaker is not None:
             told = self.weaker._condition(list(prompts), shape)
-            worse = self.weaker.process.denoiser(self.weaker._predict)
+            worse = self.weaker.process.denoiser(partial(self.weaker._predict, team=self.team))
             weaker = lambda x, t, _: worse(x, t, told)  # noqa: E731
         cond = self._condition(list(prompts), shape)
         options = sampling.guidance.model_dump()
@@ -278,7 +279,7 @@ class VideoPipeline:
                 self.config.model, self.latent_shape(shape), rows, words, self.device
             )
         return guidance.classifier_free(
-            self.process.denoiser(self._predict),
+            self.process.denoiser(partial(self._predict, team=self.team)),
             cond,
             self._condition([negative_prompt], shape),
             hide=hide,
@@ -298,8 +299,6 @@ class VideoPipeline:
         fresh: Fresh | None = None,
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
-        if self.team is not None and sampling.cache is not None:
-            raise UsageError("sampling.cache does not go with ranks that share a video")
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
             guide.after(step)
@@ -312,10 +311,10 @@ class VideoPipeline:
         with applied(self.model, sampling.cache) as cache:
             return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
-    def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, condition: Any, *, team: Team | None) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            if self.team is not None:
-                return self.team.run(self.model, x, t, condition).float()
+            if team is not None:
+                return team.run(self.model, x, t, condition).float()
             return self.model(x, t, condition).float()
 
     def _condition(self, prompts: list[str], shape: Shape) -> Condition:
