@@ -59,7 +59,7 @@ class Team:
         if group is None:
             return [branch() for branch in branches]
         owner = [number % group.size for number in range(len(branches))]
-        mine = [branch() for branch, rank in zip(branches, owner, strict=True) if rank == group.rank]
+        mine = [one() for one, rank in zip(branches, owner, strict=True) if rank == group.rank]
         stacked = torch.stack(mine) if mine else like.new_empty(0, *like.shape)
         shapes = [(owner.count(rank), *like.shape) for rank in range(group.size)]
         rows = [list(part) for part in group.all_gather(stacked, shapes)]
