@@ -12,6 +12,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.infer.choices import told
 from opensora.infer.conditions import Given, Reference
 from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
@@ -111,6 +113,7 @@ def draw(
     progress: Callable[[int, int], None] | None = None,
     name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
     place: Runtime = ALONE,
+    tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
@@ -123,6 +126,7 @@ def draw(
         name: of a job's file, without the suffix; no two jobs may share one.
         place: where several ranks are given the same jobs and folder, each draws its share of
             what is missing, or all of them draw each video where the pipeline has a team.
+        tell: called with a line on what memory decided, if it did.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
@@ -138,6 +142,9 @@ def draw(
     if picture_first:
         settings["picture_first"] = True
     _check(work, long=long is not None, picture_first=picture_first)
+    size = 1 if long is not None else batch_size
+    pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
+    settings["tiled"] = tiled
     together = place.world_size > 1 and pipeline.team is not None
     wanted = {job.index: job for job in work}
     # No rank draws before all of them have seen the same folder; a team sees the first one's.
@@ -150,7 +157,7 @@ def draw(
     writes = place.is_main or not together
     if writes:
         _mend(folder / RECORD_NAME)
-    for batch in _batches(missing, 1 if long is not None else batch_size):
+    for batch in _batches(missing, size):
         if long is not None:
             videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
         else:
@@ -170,6 +177,29 @@ def draw(
         place.barrier()
         done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
     return [done[job.index] for job in work]
+
+
+def _settled(
+    pipeline: VideoPipeline,
+    folder: Path,
+    shape: Shape,
+    rows: int,
+    place: Runtime,
+    tell: Callable[[str], None] | None,
+) -> tuple[VideoPipeline, bool]:
+    """The pipeline with decoding in tiles or not, as the folder's samples were, or as memory says,
+    for all of them and on all ranks alike: edges of tiles change pixels a little."""
+    if pipeline.savings.decode.tile != "auto":
+        return pipeline, pipeline.savings.decode.tile
+    known = next((record["tiled"] for record in _lines(folder / RECORD_NAME)), None)
+    found = pipeline.decoding(shape, rows, tiled=known).tile is True
+    tiled = any(place.gather_objects(found))
+    way = pipeline.decoding(shape, rows, tiled=tiled)
+    if tell and told(way):
+        tell(told(way))
+    pipeline = copy(pipeline)
+    pipeline.savings = pipeline.savings.model_copy(update={"decode": way})
+    return pipeline, tiled
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +310,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            yield {"tiled": False, **json.loads(line)}  # older records do not say
 
 
 def _mend(path: Path) -> None:
