@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "opensora"
 
 FLOORS: list[set[str]] = [
     {"config", "errors", "types", "runtime", "interrupts", "meeting", "peers", "watchdog"}
-    | {"store", "digests", "disk"},
+    | {"store", "digests", "disk", "memory"},
     {"dist"},
     {"ops", "media"},
     {"models", "vae", "text", "diffusion", "data", "arena"},

@@ -77,7 +77,9 @@ Format = Annotated[str, typer.Option(help="mp4, gif, webm, or png for the first 
 Grid = Annotated[bool, typer.Option("--grid", help="also a picture of all of them, grid.png")]
 Offload = Annotated[bool, typer.Option("--offload", help="weights wait on the host")]
 Quantize = Annotated[str, typer.Option(help="weights of the blocks: int8, fp8, or none")]
-TileVae = Annotated[bool, typer.Option("--tile-vae", help="decode in tiles")]
+TileVae = Annotated[
+    str, typer.Option(help="decode in tiles: always, never, or auto where memory asks for it")
+]
 DecodeChunk = Annotated[int | None, typer.Option(min=1, help="latent frames decoded at a time")]
 RawWeights = Annotated[bool, typer.Option(help="the last weights rather than their average")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
@@ -135,7 +137,7 @@ def sample(
     grid: Grid = False,
     offload: Offload = False,
     quantize: Quantize = "none",
-    tile_vae: TileVae = False,
+    tile_vae: TileVae = "auto",
     decode_chunk: DecodeChunk = None,
     raw_weights: RawWeights = False,
     device: Device = "auto",

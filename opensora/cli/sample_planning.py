@@ -151,8 +151,8 @@ def options_of(savings: SavingsConfig, batched: bool) -> list[str]:
     found = ["--offload"] if savings.offload else []
     if savings.quantize != "none":
         found.append(f"--quantize {savings.quantize}")
-    if savings.decode.tile:
-        found.append("--tile-vae")
+    if savings.decode.tile is True:
+        found.append("--tile-vae always")
     if savings.decode.chunk is not None:
         found.append(f"--decode-chunk {savings.decode.chunk}")
     return found if batched else [*found, "--set guidance.batched=false"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 picture_first=asked.frames.drawn,
                 place=place,
                 progress=partial(stages.update, "sampling"),
+                tell=partial(print, file=sys.stderr) if place.is_main else None,
             )
         if asked.grid:
             place.barrier()

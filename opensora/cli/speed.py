@@ -6,6 +6,8 @@ from typing import Any
 
 from opensora.errors import UsageError
 
+TILES = {"auto": "auto", "always": True, "never": False}
+
 
 def cache_tree(kind: str, threshold: float | None) -> dict[str, Any] | None:
     """The tree of `SamplingConfig.cache`, which is checked there.
@@ -24,8 +26,14 @@ def cache_tree(kind: str, threshold: float | None) -> dict[str, Any] | None:
 
 
 def savings_tree(
-    offload: bool, quantize: str, tile_vae: bool, decode_chunk: int | None
+    offload: bool, quantize: str, tile_vae: str, decode_chunk: int | None
 ) -> dict[str, Any]:
-    """The tree of `SavingsConfig`, which is checked there."""
-    decode = {"tile": tile_vae, "chunk": decode_chunk}
+    """The tree of `SavingsConfig`, which is checked there.
+
+    Raises:
+        UsageError: another word for tiles than those of TILES.
+    """
+    if tile_vae not in TILES:
+        raise UsageError(f"--tile-vae {tile_vae} is unknown: say {', '.join(TILES)}")
+    decode = {"tile": TILES[tile_vae], "chunk": decode_chunk}
     return {"offload": offload, "quantize": quantize, "decode": decode}

@@ -9,6 +9,7 @@ of the video and never scales the noise that a velocity contains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import pydantic
@@ -21,8 +22,9 @@ from opensora.diffusion.process import per_frame
 from opensora.types import Condition, concatenate
 
 PredictData = Callable[[Tensor, Tensor, Condition], Tensor]
-Branch = tuple[Tensor, Tensor, Condition]
-Spread = Callable[[PredictData, Sequence[Branch]], list[Tensor]]
+Branch = Callable[[], Tensor]
+Spread = Callable[[Sequence[Branch], Tensor], list[Tensor]]
+"""(branches, x) -> the estimate of each, which is like x."""
 Hide = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Oscillation = Literal["none", "text", "frames", "both"]
 
@@ -175,8 +177,9 @@ class Guide:
     ) -> tuple[Tensor, Tensor]:
         """The estimate that is told everything, and the guided one."""
         if self.weaker is not None:
-            told = self.predict(x, t, self.cond)
-            return told, torch.lerp(self.weaker(x, t, self.cond), told, scale)
+            strong = partial(self.predict, x, t, self.cond)
+            told, worse = self._each([strong, partial(self.weaker, x, t, self.cond)], x)
+            return told, torch.lerp(worse, told, scale)
         if frames is None:
             told, seen = self._estimates(x, t, ("told", "seen"))
             return told, torch.lerp(seen, told, scale)
@@ -194,14 +197,17 @@ class Guide:
             if branch.endswith("blind") and self.hide is not None:
                 shown = self.hide(x, t)
             inputs.append((*shown, self.cond if branch.startswith("told") else self.uncond))
-        if self.spread is not None:
-            return self.spread(self.predict, inputs)
-        if not self.config.batched:
-            return [self.predict(*one) for one in inputs]
+        if self.spread is not None or not self.config.batched:
+            return self._each([partial(self.predict, *one) for one in inputs], x)
         if branches not in self._joined:
             self._joined[branches] = concatenate([one[2] for one in inputs])
         xs, ts = torch.cat([one[0] for one in inputs]), torch.cat([one[1] for one in inputs])
         return list(self.predict(xs, ts, self._joined[branches]).chunk(len(branches)))
+
+    def _each(self, branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
+        if self.spread is not None:
+            return self.spread(branches, x)
+        return [branch() for branch in branches]
 
     def _scale(self, which: Oscillation, scale: float) -> float:
         """A scale as it is in this step."""

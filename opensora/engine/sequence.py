@@ -9,8 +9,9 @@ fewer, the frames stay where they are and attention itself is shared (Ulysses, r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,13 +24,13 @@ from opensora.dist.groups import Group
 from opensora.dist.mesh import Layout, Mesh
 from opensora.dist.ulysses import SequenceGroups, attend_sharded
 from opensora.errors import DataError, UsageError
+from opensora.models import mmdit, stdit
 from opensora.models.mmdit import Heads, MMDiT
 from opensora.models.stdit import Places, STDiT
 from opensora.ops.attention import ChosenBlock, attend
 from opensora.types import Condition
 
 Sharing = Literal["auto", "attention"]
-Plan = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,39 +117,79 @@ class SequenceParallel:
         groups = self.groups(degree)
         if groups.size == 1:
             return model(x, t, cond)
-        plan = next(plan for kind, plan in PLANS.items() if isinstance(model, kind))
-        return model(x, t, cond, plan=partial(plan, groups=groups, sharing=self.sharing))
+        plan = plan_of(model)
+        assert plan is not None, "`check` has refused the model"
+        return model(x, t, cond, plan=plan(groups, self.sharing))
 
 
-def _stdit(
-    model: STDiT,
-    x: Tensor,
-    t: Tensor,
-    cond: Condition,
-    groups: SequenceGroups,
-    sharing: Sharing,
-) -> Tensor:
-    frames = shares(x.shape[2], groups.size)
-    mine = share(x.shape[2], groups.rank, groups.size)
-    stream = model.enter(x, t, cond, frames=mine)
-    trade = sharing == "auto" and stream.places.num_windows >= groups.size
-    run_temporal = _traded(stream.places, frames, groups) if trade else None
-    places = stream.places if trade else _shared(stream.places, frames, mine, groups)
-    here = (stream.text, stream.mask, stream.modulation[:, mine], places)
-    whole_clip = (stream.text, stream.mask, stream.modulation)
+@dataclass(frozen=True)
+class Sharded(ABC):
+    """How a model's parts run on some frames of a clip; of groups of one rank, on all of them.
 
-    def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
-        tokens = spatial(tokens, *here)
-        if run_temporal is None:
-            return temporal(tokens, *here)
-        return run_temporal(lambda x, local: temporal(x, *whole_clip, local), tokens)
+    Whatever runs a model otherwise than whole, such as a step cache, does so through these parts
+    and serves any number of ranks.
+    """
 
-    tokens = stream.tokens
-    for blocks in model.pairs:
-        tokens = model.group(pair, tokens, *blocks)
-    frames_here = model.leave(tokens, stream.level[:, mine], stream.places.grid)
-    # Of no frames it is a view of the tokens, at which FSDP's hooks take offence.
-    return frames_here if frames_here.numel() else frames_here.clone()
+    groups: SequenceGroups = field(default_factory=SequenceGroups)
+    sharing: Sharing = "auto"
+
+    def __call__(self, model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """(B, C, this rank's frames, H, W)."""
+        return self.leave(model, self.through(model, self.enter(model, x, t, cond)))
+
+    def mine(self, num_frames: int) -> slice:
+        """This rank's frames of a clip."""
+        return share(num_frames, self.groups.rank, self.groups.size)
+
+    @abstractmethod
+    def enter(self, model: Any, x: Tensor, t: Tensor, cond: Condition) -> Any:
+        """The stream of this rank's frames before the blocks."""
+
+    @abstractmethod
+    def through(self, model: Any, stream: Any, pairs: slice = slice(None)) -> Any:
+        """The stream after some pairs of blocks."""
+
+    @abstractmethod
+    def leave(self, model: Any, stream: Any) -> Tensor:
+        """What comes after the blocks: (B, C, this rank's frames, H, W)."""
+
+
+class ShardedSTDiT(Sharded):
+    """The stream's level and modulation are those of all frames, its places the whole clip's."""
+
+    def enter(self, model: STDiT, x: Tensor, t: Tensor, cond: Condition) -> stdit.Stream:
+        return model.enter(x, t, cond, frames=self.mine(x.shape[2]))
+
+    def through(
+        self, model: STDiT, stream: stdit.Stream, pairs: slice = slice(None)
+    ) -> stdit.Stream:
+        groups, num_frames = self.groups, stream.modulation.shape[1]
+        mine, frames = self.mine(num_frames), shares(num_frames, groups.size)
+        several = groups.size > 1
+        trade = self.sharing == "auto" and stream.places.num_windows >= groups.size
+        run_temporal = _traded(stream.places, frames, groups) if several and trade else None
+        places = stream.places
+        if several and not trade:
+            places = _shared(places, frames, mine, groups)
+        here = (stream.text, stream.mask, stream.modulation[:, mine], places)
+        whole_clip = (stream.text, stream.mask, stream.modulation)
+
+        def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
+            tokens = spatial(tokens, *here)
+            if run_temporal is None:
+                return temporal(tokens, *here)
+            return run_temporal(lambda x, local: temporal(x, *whole_clip, local), tokens)
+
+        tokens = stream.tokens
+        for blocks in model.pairs[pairs]:
+            tokens = model.group(pair, tokens, *blocks)
+        return replace(stream, tokens=tokens)
+
+    def leave(self, model: STDiT, stream: stdit.Stream) -> Tensor:
+        level = stream.level[:, self.mine(stream.level.shape[1])]
+        frames_here = model.leave(stream.tokens, level, stream.places.grid)
+        # Of no frames it is a view of the tokens, at which FSDP's hooks take offence.
+        return frames_here if frames_here.numel() else frames_here.clone()
 
 
 def _traded(
@@ -185,30 +226,40 @@ def _shared(places: Places, frames: list[int], mine: slice, groups: SequenceGrou
     return replace(places, phases=phases, attend=shared)
 
 
-def _mmdit(
-    model: MMDiT,
-    x: Tensor,
-    t: Tensor,
-    cond: Condition,
-    groups: SequenceGroups,
-    sharing: Sharing,
-) -> Tensor:
+class ShardedMMDiT(Sharded):
     """Every rank runs the text's layers as well: its gradients there are what reaches them from its
     own frames, so that they add up to the whole and nothing is counted twice."""
-    stream = model.enter(x, t, cond, frames=share(x.shape[2], groups.rank, groups.size))
-    lengths = tuple(count * stream.tokens.shape[2] for count in shares(x.shape[2], groups.size))
 
-    def together(video: Heads, text: Heads, mask: Tensor) -> tuple[Tensor, Tensor]:
-        joint: dict[str, Any] = {"text": text, "mask": mask, "lengths": lengths, "whole": attend}
-        out = attend_sharded(*video, groups, ChosenBlock(), **joint)
-        assert isinstance(out, tuple)
-        return out
+    def enter(self, model: MMDiT, x: Tensor, t: Tensor, cond: Condition) -> mmdit.Stream:
+        groups, num_frames = self.groups, x.shape[2]
+        stream = model.enter(x, t, cond, frames=self.mine(num_frames))
+        if groups.size == 1:
+            return stream
+        lengths = tuple(n * stream.tokens.shape[2] for n in shares(num_frames, groups.size))
 
-    places = replace(stream.places, attend=together)
-    return model.leave(model.through(replace(stream, places=places)))
+        def together(video: Heads, text: Heads, mask: Tensor) -> tuple[Tensor, Tensor]:
+            joint: dict[str, Any] = {"text": text, "mask": mask, "lengths": lengths}
+            out = attend_sharded(*video, groups, ChosenBlock(), whole=attend, **joint)
+            assert isinstance(out, tuple)
+            return out
+
+        return replace(stream, places=replace(stream.places, attend=together))
+
+    def through(
+        self, model: MMDiT, stream: mmdit.Stream, pairs: slice = slice(None)
+    ) -> mmdit.Stream:
+        return model.through(stream, pairs)
+
+    def leave(self, model: MMDiT, stream: mmdit.Stream) -> Tensor:
+        return model.leave(stream)
 
 
-PLANS: dict[type[nn.Module], Plan] = {STDiT: _stdit, MMDiT: _mmdit}
+PLANS: dict[type[nn.Module], type[Sharded]] = {STDiT: ShardedSTDiT, MMDiT: ShardedMMDiT}
+
+
+def plan_of(model: nn.Module) -> type[Sharded] | None:
+    """The plan of a kind of model; None where there is none."""
+    return next((plan for kind, plan in PLANS.items() if isinstance(model, kind)), None)
 
 
 def check(model: nn.Module, layout: Layout) -> None:
@@ -217,7 +268,7 @@ def check(model: nn.Module, layout: Layout) -> None:
     Raises:
         UsageError: the model has no plan.
     """
-    if layout.sequence > 1 and not isinstance(model, tuple(PLANS)):
+    if layout.sequence > 1 and plan_of(model) is None:
         known = ", ".join(kind.__name__ for kind in PLANS)
         raise UsageError(
             f"{type(model).__name__} cannot share sequences: set parallel.ring=1 and "

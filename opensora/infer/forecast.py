@@ -49,9 +49,6 @@ ENCODERS = {
 """Parameters of the text encoders of public checkpoints, from the sizes in their config.json: T5
 has 24 layers of 4 x 4096 x 4096 and 3 x 4096 x 10240, CLIP 12 of 768 and 3072, with embeddings."""
 
-MARGIN = 1.2
-"""What memory has to be there for one that a rehearsal finds (inferred, not measured on a GPU)."""
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -164,11 +161,12 @@ def decoding(
 ) -> int:
     """Peak bytes of decoding beside weights and latents.
 
-    A tile's edges are data, so of a tiled picture one tile is rehearsed; beside it lie the pixels
-    of the whole video and those of the tile before.
+    Where tiles are left to memory (auto), there are none here. A tile's edges are data, so of a
+    tiled picture one tile is rehearsed; beside it lie the pixels of the whole video and those of
+    the tile before.
     """
     channels, frames, *size = latents
-    tile = [min(side, choice.tiling.tile) if choice.tile else side for side in size]
+    tile = [min(side, choice.tiling.tile) if choice.tile is True else side for side in size]
 
     def make() -> tuple[nn.Module, Callable[[], Tensor]]:
         vae = zoo.build_vae(config).eval()
@@ -221,37 +219,6 @@ def text_bytes(config: TextConfig) -> int:
             return 0
         found += ENCODERS[one.path] * (4 if one.dtype == "float32" else 2)
     return found
-
-
-_CALLS: dict[tuple[Any, ...], int] = {}
-"""Peak bytes of calls that this process has rehearsed, by all that they depend on."""
-
-
-def shares_a_call(
-    config: DenoiserConfig,
-    latents: tuple[int, int, int, int],
-    rows: int,
-    words: int,
-    device: torch.device,
-    free: float | None = None,
-) -> bool:
-    """Whether memory is there for all branches of guidance in one call.
-
-    Args:
-        latents: (C, T, H, W) of a video.
-        rows: videos times branches.
-        words: tokens of a prompt.
-        free: bytes that are free; those of the device by default. A CPU has as many as it takes.
-    """
-    if free is None:
-        if device.type != "cuda":
-            return True
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + kept
-    key = (config.model_dump_json(), latents, rows, words)
-    if key not in _CALLS:
-        _CALLS[key] = denoiser(config, latents, rows, words=words).forward
-    return MARGIN * _CALLS[key] <= free
 
 
 def _bytes(module: nn.Module) -> int:

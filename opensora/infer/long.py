@@ -27,6 +27,7 @@ from opensora.data.transforms import to_uint8
 from opensora.diffusion.schedule import SPACINGS
 from opensora.diffusion.timesteps import shift_levels
 from opensora.errors import UsageError
+from opensora.infer.choices import out_of_memory
 from opensora.infer.conditions import Given
 from opensora.infer.pipeline import Callback, SamplingConfig, Shape, VideoPipeline
 
@@ -157,8 +158,11 @@ def _pyramid(
     num_frames: int,
 ) -> Iterator[np.ndarray]:
     """Chunks of latent frames, decoded as they come out of the window."""
-    if pipeline.decoding.tile:
-        raise UsageError("long.kind=pyramid decodes as it goes, and not in tiles: use windows")
+    if pipeline.savings.decode.tile is True or pipeline.savings.decode.chunk is not None:
+        raise UsageError(
+            "long.kind=pyramid decodes as it goes, and neither in tiles nor by decode.chunk: leave "
+            "them out, or use windows"
+        )
     channels, latents, height, width = pipeline.latent_shape(shape)
     active = (latents - long.context) // long.chunk
     if active < 1:
@@ -189,9 +193,12 @@ def _pyramid(
         levels = torch.cat([levels.new_zeros(len(levels), seen), levels], dim=1)
         x = torch.cat([context, window], dim=2)
         fresh = partial(noise, first, frames=x.shape[2])
-        x = pipeline.walk(guide, x, levels, sampling, callback, fresh)
+        with out_of_memory(pipeline, "denoising", shape, 1):
+            x = pipeline.walk(guide, x, levels, sampling, callback, fresh)
         context = x[:, :, : seen + long.chunk]
-        yield to_uint8(decode(context[:, :, seen:]))[0]
+        with out_of_memory(pipeline, "decoding", shape, 1):
+            frames = to_uint8(decode(context[:, :, seen:]))[0]
+        yield frames
         context = context[:, :, -long.context :]
         window = x[:, :, seen + long.chunk :]
         if first + active < total:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from opensora.diffusion.guidance import Branch, PredictData
+from opensora.diffusion.guidance import Branch
 from opensora.dist.collectives import shares
 from opensora.dist.groups import Group
 from opensora.dist.mesh import Layout, Mesh
@@ -53,14 +53,13 @@ class Team:
         parts = [(batch, channels, count, *size) for count in shares(frames, group.size)]
         return torch.cat(group.all_gather(mine, parts), dim=2)
 
-    def spread(self, predict: PredictData, branches: Sequence[Branch]) -> list[Tensor]:
+    def spread(self, branches: Sequence[Branch], like: Tensor) -> list[Tensor]:
         """The estimate of every branch; each rank computes its own, one after the other."""
         group = self.branches
         if group is None:
-            return [predict(*branch) for branch in branches]
+            return [branch() for branch in branches]
         owner = [number % group.size for number in range(len(branches))]
-        like = branches[0][0]
-        mine = [predict(*b) for b, rank in zip(branches, owner, strict=True) if rank == group.rank]
+        mine = [one() for one, rank in zip(branches, owner, strict=True) if rank == group.rank]
         stacked = torch.stack(mine) if mine else like.new_empty(0, *like.shape)
         shapes = [(owner.count(rank), *like.shape) for rank in range(group.size)]
         rows = [list(part) for part in group.all_gather(stacked, shapes)]

@@ -8,6 +8,7 @@ with the parts of a pipeline that have names of their own here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -23,12 +24,14 @@ from opensora.diffusion.samplers import SAMPLERS
 from opensora.engine import checkpoint
 from opensora.engine.interface import load_weights
 from opensora.errors import CheckpointError, UsageError
+from opensora.infer import choices
 from opensora.infer.caching.applied import applied
+from opensora.infer.choices import out_of_memory, shares_a_call
 from opensora.infer.conditions import Given, begin
-from opensora.infer.forecast import shares_a_call
 from opensora.infer.parallel import Team
-from opensora.infer.savings import DecodeConfig, decode
+from opensora.infer.savings import DecodeConfig, SavingsConfig, decode
 from opensora.infer.settings import Names, Sample, SamplingConfig, Seed, Shape, settle
+from opensora.memory import free_bytes
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
 from opensora.zoo import GeneratorConfig
@@ -51,7 +54,8 @@ class VideoPipeline:
         weaker: a worse one for the same latents, to guide away from (autoguidance); None guides
             away from the null text.
         team: other ranks that draw the same videos; None draws alone.
-        decoding: how latents become frames.
+        savings: how latents become frames, and what has been done for less memory.
+        budget: bytes that drawing may take beside the weights; None: what is free.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class VideoPipeline:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.weaker: VideoPipeline | None = None
         self.team: Team | None = None
-        self.decoding = DecodeConfig()
+        self.savings = SavingsConfig()
+        self.budget: float | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
@@ -161,17 +166,20 @@ class VideoPipeline:
             drawn = [_noise(latent_shape, seed, *step) for seed in seeds]
             return torch.stack(drawn).to(self.device)
 
-        latents = self.draw_latents(
-            noise(),
-            prompts,
-            shape,
-            sampling,
-            negative_prompt,
-            given or [()] * len(prompts),
-            callback,
-            fresh=noise,
-        )
-        pixels = decode(self.vae, latents, self.decoding)
+        guided = sampling.guidance.scale != 1 and sampling.guidance.batched is not False
+        with out_of_memory(self, "denoising", shape, len(prompts), calls=1 + guided):
+            latents = self.draw_latents(
+                noise(),
+                prompts,
+                shape,
+                sampling,
+                negative_prompt,
+                given or [()] * len(prompts),
+                callback,
+                fresh=noise,
+            )
+        with out_of_memory(self, "decoding", shape, len(prompts)):
+            pixels = decode(self.vae, latents, self.decoding(shape, len(prompts)))
         rows = zip(prompts, seeds, to_uint8(pixels), strict=True)
         return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
 
@@ -226,6 +234,17 @@ class VideoPipeline:
             )
         return latent_shape
 
+    @property
+    def free(self) -> float:
+        """Bytes that drawing may take."""
+        return free_bytes(self.device) if self.budget is None else self.budget
+
+    def decoding(self, shape: Shape, rows: int, *, tiled: bool | None = None) -> DecodeConfig:
+        """How `rows` videos of a shape are decoded now; `tiled` as in `choices.decoding`."""
+        assert self.config.vae is not None, "a pipeline has a VAE"
+        size, asked = self.latent_shape(shape), self.savings.decode
+        return choices.decoding(self.config.vae, size, rows, asked, self.free, tiled=tiled)
+
     def levels(
         self, sampling: SamplingConfig, shape: Shape, total: int, *, given: Tensor | None = None
     ) -> Tensor:
@@ -267,18 +286,17 @@ class VideoPipeline:
         weaker = None
         if self.weaker is not None:
             told = self.weaker._condition(list(prompts), shape)
-            worse = self.weaker.process.denoiser(self.weaker._predict)
+            worse = self.weaker.process.denoiser(partial(self.weaker._predict, team=self.team))
             weaker = lambda x, t, _: worse(x, t, told)  # noqa: E731
         cond = self._condition(list(prompts), shape)
         options = sampling.guidance.model_dump()
         if options["batched"] == "auto":
             branches = 3 if sampling.guidance.frames_scale != 1 else 2
             rows, words = branches * len(cond), cond.tokens.shape[1]
-            options["batched"] = shares_a_call(
-                self.config.model, self.latent_shape(shape), rows, words, self.device
-            )
+            size, model = self.latent_shape(shape), self.config.model
+            options["batched"] = shares_a_call(model, size, rows, words, self.free)
         return guidance.classifier_free(
-            self.process.denoiser(self._predict),
+            self.process.denoiser(partial(self._predict, team=self.team)),
             cond,
             self._condition([negative_prompt], shape),
             hide=hide,
@@ -298,8 +316,6 @@ class VideoPipeline:
         fresh: Fresh | None = None,
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
-        if self.team is not None and sampling.cache is not None:
-            raise UsageError("sampling.cache does not go with ranks that share a video")
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
             guide.after(step)
@@ -312,10 +328,10 @@ class VideoPipeline:
         with applied(self.model, sampling.cache) as cache:
             return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
 
-    def _predict(self, x: Tensor, t: Tensor, condition: Any) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, condition: Any, *, team: Team | None) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            if self.team is not None:
-                return self.team.run(self.model, x, t, condition).float()
+            if team is not None:
+                return team.run(self.model, x, t, condition).float()
             return self.model(x, t, condition).float()
 
     def _condition(self, prompts: list[str], shape: Shape) -> Condition:

@@ -2,6 +2,10 @@
 
 `samples.jsonl` has one line a video. A stopped call is completed by the same call; a folder that
 holds samples of other weights or settings is refused, because the two would be taken for one set.
+
+A video's last bits depend on those that share its batch. So batches are those of all jobs in their
+order, whichever ranks draw them; one of which a video is missing is drawn whole, and only what is
+missing is written. Files are then the same after any kills on any number of ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.infer.choices import told
 from opensora.infer.conditions import Given, Reference
 from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
@@ -111,11 +117,12 @@ def draw(
     progress: Callable[[int, int], None] | None = None,
     name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
     place: Runtime = ALONE,
+    tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Draw the jobs that `folder` does not hold yet; returns the records of all of them.
 
     Args:
-        batch_size: videos at a time; no video depends on it, but for rounding (see below).
+        batch_size: videos at a time; no video depends on it, but for rounding (see above).
         suffix: the format, one of `media.write.FORMATS`; .png holds the first frame.
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
         picture_first: draw a picture from each prompt, then the video that begins with it.
@@ -123,10 +130,7 @@ def draw(
         name: of a job's file, without the suffix; no two jobs may share one.
         place: where several ranks are given the same jobs and folder, each draws its share of
             what is missing, or all of them draw each video where the pipeline has a team.
-
-    A video's last bits depend on those that share its batch. So batches are those of all jobs in
-    their order, whichever ranks draw them; one of which a video is missing is drawn whole, and only
-    what is missing is written. Files are then the same after any kills on any number of ranks.
+        tell: called with a line on what memory decided, if it did.
 
     Raises:
         UsageError: the shape does not fit the model, or the folder holds samples of other
@@ -142,14 +146,17 @@ def draw(
     if picture_first:
         settings["picture_first"] = True
     _check(work, long=long is not None, picture_first=picture_first)
+    size = 1 if long is not None else batch_size
+    pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
+    settings["tiled"] = tiled
     together = place.world_size > 1 and pipeline.team is not None
-    tell = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
     # No rank draws before all have looked; what the first one sees decides who draws what.
     done = place.gather_objects(_finished(folder, settings, wanted, suffix))[0]
-    batches = _unfinished(work, done, 1 if long is not None else batch_size)
+    batches = _unfinished(work, done, size)
     batches = batches if together else batches[place.rank :: place.world_size]
-    tell(len(done), len(work))
+    report(len(done), len(work))
     writes = place.is_main or not together
     if writes:
         _mend(folder / RECORD_NAME)
@@ -169,12 +176,35 @@ def draw(
             else:
                 deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
-        tell(len(done), len(work))
+        report(len(done), len(work))
     if place.world_size > 1 and not together:
         place.barrier()
         done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
-        tell(len(done), len(work))
+        report(len(done), len(work))
     return [done[job.index] for job in work]
+
+
+def _settled(
+    pipeline: VideoPipeline,
+    folder: Path,
+    shape: Shape,
+    rows: int,
+    place: Runtime,
+    tell: Callable[[str], None] | None,
+) -> tuple[VideoPipeline, bool]:
+    """The pipeline with decoding in tiles or not, as the folder's samples were, or as memory says,
+    for all of them and on all ranks alike: edges of tiles change pixels a little."""
+    if pipeline.savings.decode.tile != "auto":
+        return pipeline, pipeline.savings.decode.tile
+    known = next((record["tiled"] for record in _lines(folder / RECORD_NAME)), None)
+    found = pipeline.decoding(shape, rows, tiled=known).tile is True
+    tiled = any(place.gather_objects(found))
+    way = pipeline.decoding(shape, rows, tiled=tiled)
+    if tell and told(way):
+        tell(told(way))
+    pipeline = copy(pipeline)
+    pipeline.savings = pipeline.savings.model_copy(update={"decode": way})
+    return pipeline, tiled
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +315,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            yield {"tiled": False, **json.loads(line)}  # older records do not say
 
 
 def _mend(path: Path) -> None:

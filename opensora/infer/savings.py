@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 class DecodeConfig(Config):
     """How latents become frames."""
 
-    tile: bool = Field(
-        default=False,
+    tile: bool | Literal["auto"] = Field(
+        default="auto",
         description="in overlapping tiles, in memory that does not grow with the picture; equal to "
-        "the whole up to the edges of tiles (`vae.tiling`)",
+        "the whole up to the edges of tiles (`vae.tiling`); auto: where memory is not there for "
+        "the whole, nor for one latent frame at a time (`infer.choices`)",
     )
     chunk: int | None = Field(
-        default=None, ge=1, description="latent frames at a time, exactly; None: all"
+        default=None,
+        ge=1,
+        description="latent frames at a time, exactly; None: all, or with tile auto one where "
+        "memory asks for it",
     )
     tiling: TilingConfig = TilingConfig()
 
@@ -51,8 +55,11 @@ class SavingsConfig(Config):
 
 
 def decode(vae: VAE, latents: Tensor, config: DecodeConfig) -> Tensor:
-    """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1]."""
-    if config.tile:
+    """Normalised latents (B, C, T, h, w) -> pixels (B, 3, F, H, W) in [-1, 1].
+
+    Here nothing is known of memory: auto is the whole.
+    """
+    if config.tile is True:
         return decode_tiled(vae, latents, tiling=config.tiling, chunk=config.chunk)
     return vae.decode(latents, chunk=config.chunk)
 
@@ -65,7 +72,7 @@ def place(pipeline: VideoPipeline, config: SavingsConfig, device: str | torch.de
     if config.quantize != "none":
         quantize(pipeline.model, config.quantize)
         pipeline.fingerprint = f"{pipeline.fingerprint} {config.quantize}".strip()
-    pipeline.decoding = config.decode
+    pipeline.savings = config
     if config.offload:
         offload.apply(pipeline, device, ahead=config.ahead)
     else:

@@ -347,8 +347,8 @@ class MMDiT(nn.Module):
         phases = rotary_phases(positions.flatten(0, 1), self.config.rope)
         return Stream(tokens, text, cond.mask, level, Places(grid, phases))
 
-    def through(self, stream: Stream) -> Stream:
-        """The blocks."""
+    def through(self, stream: Stream, pairs: slice = slice(None)) -> Stream:
+        """The blocks, or some pairs of them."""
 
         def pair(tokens: Tensor, text: Tensor, *blocks: nn.Module) -> Both:
             for block in blocks:
@@ -356,7 +356,7 @@ class MMDiT(nn.Module):
             return tokens, text
 
         tokens, text = stream.tokens, stream.text
-        for blocks in self.pairs:
+        for blocks in self.pairs[pairs]:
             tokens, text = self.group(pair, tokens, text, *blocks)
         return Stream(tokens, text, stream.mask, stream.level, stream.places)
 

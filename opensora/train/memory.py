@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora.engine.fsdp import FsdpConfig
 from opensora.errors import OutOfMemory
+from opensora.memory import host_memory, is_out_of_memory
 from opensora.runtime import Runtime
 from opensora.train.batches import pieces, tensor_shape
 from opensora.train.config import TrainConfig
@@ -42,15 +42,6 @@ def out_of_memory(
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(report(error, batch, config, task, runtime, step)) from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception is an allocator's: CUDA's class, or the words of the CPU's (torch 2.13
-    raises a RuntimeError there) and of the C++ library."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "CUDA out of memory")
-    return any(word in str(error) for word in words)
 
 
 def report(
@@ -122,11 +113,7 @@ def _taken(device: torch.device) -> str:
 
 def _host() -> str:
     """Free and total memory of a Linux host."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    table = {name: size / 2**30 for name, size in host_memory().items()}
+    if not table:
         return ""
-    table = {
-        name: int(rest.split()[0]) / 2**20 for name, _, rest in (x.partition(":") for x in lines)
-    }
     return f", free {table['MemAvailable']:.2f} of {table['MemTotal']:.2f} GiB"

@@ -41,7 +41,7 @@ def test_a_cache_and_its_threshold_are_recorded_and_change_the_video(run, tmp_pa
 
 def test_less_memory_draws_the_same_video_and_smaller_weights_are_named(run, tmp_path):
     plain, picture = drawn(run, tmp_path / "plain")
-    record, away = drawn(run, tmp_path / "away", "--offload", "--decode-chunk", "2", "--tile-vae")
+    record, away = drawn(run, tmp_path / "away", "--offload", "--decode-chunk", "2")
     assert away == picture and record["weights"] == plain["weights"]
     pytest.importorskip("torchao", exc_type=ImportError)
     record, _ = drawn(run, tmp_path / "small", "--quantize", "int8")
@@ -55,6 +55,7 @@ def test_less_memory_draws_the_same_video_and_smaller_weights_are_named(run, tmp
         (["--cache", "pab", "--cache-threshold", "0.1"], "but --cache is pab"),
         (["--cache-threshold", "0.1"], "but --cache is off"),
         (["--quantize", "int4"], "int4"),
+        (["--tile-vae", "sometimes"], "say auto, always, never"),
         (["--cache", "first_block"], "use teacache or pab"),
     ],
 )

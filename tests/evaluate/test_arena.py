@@ -14,6 +14,7 @@ from opensora.evaluate import arena
 from opensora.evaluate.arena import TARGETS, ArenaConfig
 from opensora.infer.pipeline import Sample, Shape
 from opensora.infer.samples import read_records
+from tests.infer.conftest import WHOLE
 
 SCENES = SceneConfig(num_objects={1: 0.7, 2: 0.3}, alike=0.0)
 CONFIG = ArenaConfig(scenes=SCENES, num_prompts={1: 12, 2: 4}, batch_size=8)
@@ -42,6 +43,7 @@ class Painter:
     """
 
     team = None
+    savings = WHOLE
 
     def __init__(self, paint, *, fingerprint="painter", frames=17):
         self.paint, self.fingerprint = paint, fingerprint

@@ -21,7 +21,7 @@ from opensora.infer.pipeline import Sample, Shape
 from opensora.media.write import write_video
 from opensora.runtime import noise
 from opensora.vae.perceptual import PerceptualDistance
-from tests.infer.conftest import build_pipeline
+from tests.infer.conftest import WHOLE, build_pipeline
 
 SCENES = SceneConfig(height=32, width=32, frames=5)
 SHAPE = Shape(5, 32, 32, 8.0)
@@ -220,6 +220,7 @@ class Continuing:
     """Stands in for a pipeline: shows the frames that it is given, then another colour."""
 
     team = None
+    savings = WHOLE
     fingerprint = "continuing"
     device = torch.device("cpu")
     shape = Shape(9, 32, 32, 8.0)

@@ -5,7 +5,11 @@ import torch
 
 from opensora import zoo
 from opensora.infer.pipeline import Shape, VideoPipeline
+from opensora.infer.savings import DecodeConfig, SavingsConfig
 from opensora.zoo import GeneratorConfig
+
+WHOLE = SavingsConfig(decode=DecodeConfig(tile=False))
+"""Of what stands in for a pipeline: nothing is decoded, so nothing is decided."""
 
 SHAPE = Shape(num_frames=5, height=32, width=32, fps=8.0)
 

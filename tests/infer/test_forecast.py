@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from opensora.engine.flops import FlopCounter
 from opensora.engine.footprint import LiveMemory
 from opensora.engine.planner import Device
 from opensora.errors import UsageError
+from opensora.infer import choices
 from opensora.infer import forecast as forecasts
 from opensora.infer.forecast import WAYS, Forecast, Wanted, fitting, parts
 from opensora.infer.pipeline import SamplingConfig
@@ -215,19 +217,21 @@ def test_models_are_rehearsed_without_data():
 
 
 def test_branches_share_a_call_where_memory_is_there(pipeline, monkeypatch):
-    latents = pipeline.latent_shape(SHAPE)
-    cpu, config = torch.device("cpu"), pipeline.config.model
-    takes = forecasts.denoiser(config, latents, 4, words=5).forward
-    enough = forecasts.MARGIN * takes
-    assert forecasts.shares_a_call(config, latents, 4, 5, cpu)
-    assert forecasts.shares_a_call(config, latents, 4, 5, cpu, free=enough)
-    assert not forecasts.shares_a_call(config, latents, 4, 5, cpu, free=enough - 1)
-    assert forecasts.shares_a_call(config, latents, 2, 5, cpu, free=enough - 1)
-
+    latents, config = pipeline.latent_shape(SHAPE), pipeline.config.model
+    words = pipeline.text.encode(["a"]).tokens.shape[1]
+    takes = forecasts.denoiser(config, latents, 2, words=words).forward
     sampling = SamplingConfig.model_validate({"schedule": {"num_steps": 3}})
-    assert pipeline.guide(["a"], SHAPE, sampling, "", 3).config.batched is True
-    monkeypatch.setattr("opensora.infer.pipeline.shares_a_call", lambda *_: False)
-    assert pipeline.guide(["a"], SHAPE, sampling, "", 3).config.batched is False
+
+    def batched(budget):
+        told = copy(pipeline)
+        told.budget = budget
+        return told.guide(["a"], SHAPE, sampling, "", 3).config.batched
+
+    assert batched(choices.MARGIN * takes) is True
+    assert batched(choices.MARGIN * takes - 1) is False
+    assert batched(None) is True
+    monkeypatch.setattr("opensora.infer.pipeline.free_bytes", lambda device: 1000.0)
+    assert batched(None) is False
 
 
 def test_sizes_of_public_text_encoders_are_known_and_others_are_not_guessed():

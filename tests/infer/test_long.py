@@ -10,7 +10,7 @@ from opensora.errors import UsageError
 from opensora.infer.conditions import Given
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape
-from opensora.infer.savings import DecodeConfig
+from opensora.infer.savings import DecodeConfig, SavingsConfig
 from tests.infer.test_conditions import moving
 
 QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 4}, "guidance": {"scale": 2.0}})
@@ -126,8 +126,8 @@ def test_settings_that_leave_nothing_to_draw_are_refused(pipeline):
         with pytest.raises(UsageError, match=told):
             pieces(pipeline, 40, long)
     tiled = copy(pipeline)
-    tiled.decoding = DecodeConfig(tile=True)
-    with pytest.raises(UsageError, match="not in tiles"):
+    tiled.savings = SavingsConfig(decode=DecodeConfig(tile=True))
+    with pytest.raises(UsageError, match="neither in tiles"):
         pieces(tiled, 40, PyramidWindowConfig())
     with pytest.raises(UsageError, match="one prompt and no given frames"):
         pieces(pipeline, 40, PyramidWindowConfig(), prompts=("a", "b"))

@@ -11,7 +11,7 @@ from opensora.infer.pipeline import Sample, SamplingConfig
 from opensora.infer.samples import draw, jobs, read_prompts, read_records
 from opensora.media.read import read_clip
 from tests.evaluate.vbench.ranks import on_ranks
-from tests.infer.conftest import SHAPE, build_pipeline
+from tests.infer.conftest import SHAPE, WHOLE, build_pipeline
 
 QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 1}})
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "two red circles", "a star"]
@@ -25,7 +25,7 @@ class Painter:
     """
 
     team = None
-
+    savings = WHOLE
     fingerprint = "painter"
     shape = SHAPE
 

@@ -5,8 +5,9 @@ import torch
 from train_support import ALONE, tiny, toy_trainer
 
 from opensora.errors import OutOfMemory
+from opensora.memory import is_out_of_memory
 from opensora.runtime import Runtime
-from opensora.train.memory import fixes, is_out_of_memory
+from opensora.train.memory import fixes
 
 
 def cpu_error() -> Exception:

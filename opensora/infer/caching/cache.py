@@ -2,7 +2,8 @@
 
 State belongs to the time of one video. Every branch of guidance has its own, and every row of a
 batch decides by itself: what a video looks like depends neither on the others drawn with it nor on
-whether branches share a call.
+whether branches share a call, or are on one rank. Ranks that share the frames of a video decide as
+one: levels are the whole clip's, and what they measure they add up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from opensora.engine.sequence import Sharded, plan_of
 from opensora.errors import UsageError
 from opensora.infer.caching.configs import Levels
 from opensora.infer.caching.kinds import kind_of
@@ -38,13 +40,18 @@ class Cache(ABC, Generic[State]):
         self.step = self.computed = self.reused = 0
         self._calls: dict[int, int] = {}
         self._states: dict[tuple[int, int], tuple[Condition, State]] = {}
+        whole = plan_of(model)
+        assert whole is not None, "each kind with caches has a plan"
+        self._whole = whole()
 
     def tick(self) -> None:
         """A step of the sampler is over."""
         self.step += 1
         self._calls.clear()
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, cond: Condition, *, plan: Sharded | None = None
+    ) -> Tensor:
         """The model's `forward`."""
         if torch.is_grad_enabled():
             raise UsageError("a step cache serves sampling only: call the model under no_grad")
@@ -53,15 +60,15 @@ class Cache(ABC, Generic[State]):
         # The condition is kept, so that no other one comes to have its id.
         _, state = self._states.setdefault((id(cond), call), (cond, self.fresh(len(x))))
         t = (t[:, None] if t.dim() == 1 else t).expand(len(x), x.shape[2])
-        return self.run(state, x, t, cond)
+        return self.run(state, plan or self._whole, x, t, cond)
 
     @abstractmethod
     def fresh(self, rows: int) -> State:
         """The state of a branch that nothing was computed of."""
 
     @abstractmethod
-    def run(self, state: State, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The prediction for x (B, C, T, H, W) at levels t (B, T)."""
+    def run(self, state: State, plan: Sharded, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The prediction for x (B, C, T, H, W) at levels t (B, T), for this rank's frames."""
 
     def patched(self, patch: Any) -> None:
         """Put more in the place of parts of the model, with `patch(owner, name, value)`."""

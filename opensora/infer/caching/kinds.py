@@ -1,5 +1,5 @@
-"""What caches need to know of each kind of model: its pairs of blocks, some of them at a time, and
-what changes first when the level does."""
+"""What caches need to know of each kind of model beside how its parts run (`engine.sequence`): what
+changes first when the level does, and which layers there are."""
 
 from __future__ import annotations
 
@@ -21,35 +21,19 @@ class Kind:
     """One kind of model.
 
     Attributes:
-        through: (model, stream, pairs) -> the stream after those pairs of blocks.
-        leave: (model, stream) -> (B, C, T, H, W).
-        modulated: (model, stream) -> (B, T, N, D), the normed and modulated tokens that the first
-            block's attention sees.
+        modulated: (model, stream, frames) -> (B, T, N, D), the normed and modulated tokens that the
+            first block's attention sees; `frames` are those of the clip that the stream has.
         layers: (model) -> for each kind of layer that can be broadcast, its modules block by block.
     """
 
-    through: Callable[[Any, Any, slice], Any]
-    leave: Callable[[Any, Any], Tensor]
-    modulated: Callable[[Any, Any], Tensor]
+    modulated: Callable[[Any, Any, slice], Tensor]
     layers: Callable[[Any], dict[str, list[list[nn.Module]]]]
 
 
-def _stdit_through(model: STDiT, stream: stdit.Stream, pairs: slice) -> stdit.Stream:
-    rest = (stream.text, stream.mask, stream.modulation, stream.places)
-
-    def pair(tokens: Tensor, spatial: nn.Module, temporal: nn.Module) -> Tensor:
-        return temporal(spatial(tokens, *rest), *rest)
-
-    tokens = stream.tokens
-    for blocks in model.pairs[pairs]:
-        tokens = model.group(pair, tokens, *blocks)
-    return replace(stream, tokens=tokens)
-
-
-def _stdit_modulated(model: STDiT, stream: stdit.Stream) -> Tensor:
+def _stdit_modulated(model: STDiT, stream: stdit.Stream, frames: slice) -> Tensor:
     block: Any = model.blocks[0]
-    modulation = (stream.modulation + block.scale_shift_table).unsqueeze(3)  # B T 6 1 D
-    shift, scale = modulation[:, :, 0], modulation[:, :, 1]
+    modulation = stream.modulation[:, frames] + block.scale_shift_table  # B T 6 D
+    shift, scale = modulation.unsqueeze(3)[:, :, :2].unbind(2)  # B T 1 D each
     return modulate(block.norm1(stream.tokens).to(stream.tokens.dtype), shift, scale)
 
 
@@ -62,19 +46,7 @@ def _stdit_layers(model: Any) -> dict[str, list[list[nn.Module]]]:
     }
 
 
-def _mmdit_through(model: MMDiT, stream: mmdit.Stream, pairs: slice) -> mmdit.Stream:
-    def pair(tokens: Tensor, text: Tensor, *blocks: nn.Module) -> mmdit.Both:
-        for block in blocks:
-            tokens, text = block(tokens, text, stream.mask, stream.level, stream.places)
-        return tokens, text
-
-    tokens, text = stream.tokens, stream.text
-    for blocks in model.pairs[pairs]:
-        tokens, text = model.group(pair, tokens, text, *blocks)
-    return replace(stream, tokens=tokens, text=text)
-
-
-def _mmdit_modulated(model: MMDiT, stream: mmdit.Stream) -> Tensor:
+def _mmdit_modulated(model: MMDiT, stream: mmdit.Stream, frames: slice) -> Tensor:
     block: Any = model.blocks[0]
     shift, scale = (
         block.mod(stream.level[:, 1:])
@@ -93,18 +65,8 @@ def _mmdit_layers(model: Any) -> dict[str, list[list[nn.Module]]]:
 
 
 KINDS: dict[type[nn.Module], Kind] = {
-    STDiT: Kind(
-        _stdit_through,
-        lambda model, stream: model.leave(stream.tokens, stream.level, stream.places.grid),
-        _stdit_modulated,
-        _stdit_layers,
-    ),
-    MMDiT: Kind(
-        _mmdit_through,
-        lambda model, stream: model.leave(stream),
-        _mmdit_modulated,
-        _mmdit_layers,
-    ),
+    STDiT: Kind(_stdit_modulated, _stdit_layers),
+    MMDiT: Kind(_mmdit_modulated, _mmdit_layers),
 }
 
 

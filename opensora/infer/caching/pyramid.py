@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.engine.sequence import Sharded
 from opensora.infer.caching.cache import Cache, inside
 from opensora.infer.caching.configs import BroadcastConfig, PyramidBroadcastConfig
 from opensora.models.mmdit import Heads, Places
@@ -86,7 +87,7 @@ class PyramidBroadcast(Cache[Outputs]):
     def fresh(self, rows: int) -> Outputs:
         return Outputs(rows, {kind: [None] * rows for kind in self.layers})
 
-    def run(self, state: Outputs, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def run(self, state: Outputs, plan: Sharded, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         here = {kind: inside(config, t) for kind, config in self.configs.items()}
         # Rows that do the same are computed together.
         alike: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
@@ -100,11 +101,11 @@ class PyramidBroadcast(Cache[Outputs]):
             self.now = Now(state, rows, reused, kept)
             try:
                 if len(chosen) == len(x):
-                    return self._forward(x, t, cond)
-                part = self._forward(x[rows], t[rows], cond[rows])
+                    return self._forward(plan, x, t, cond)
+                part = self._forward(plan, x[rows], t[rows], cond[rows])
             finally:
                 self.now = None
-            out = part.new_empty(x.shape) if out is None else out
+            out = part.new_empty(len(x), *part.shape[1:]) if out is None else out
             out[rows] = part
         assert out is not None, "a batch has rows"
         return out
@@ -116,13 +117,12 @@ class PyramidBroadcast(Cache[Outputs]):
         state.steps[kind][row] = self.step
         return False
 
-    def _forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        model: Any = self.model
+    def _forward(self, plan: Sharded, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert self.now is not None
-        stream = model.enter(x, t, cond)
+        stream = plan.enter(self.model, x, t, cond)
         if "joint" in self.now.reused:
             stream = replace(stream, places=Sparing(stream.places))
-        return self.kind.leave(model, self.kind.through(model, stream, slice(None)))
+        return plan.leave(self.model, plan.through(self.model, stream))
 
     def patched(self, patch: Any) -> None:
         for kind, blocks in self.layers.items():
@@ -146,7 +146,8 @@ class PyramidBroadcast(Cache[Outputs]):
         out: Tensor = forward(*inputs)
         self.computed += len(now.rows)
         if kind in now.kept:
-            parts = out.unflatten(0, (len(now.rows), -1))
+            each = len(out) // len(now.rows)  # 0 where other ranks have all frames
+            parts = out.unflatten(0, (len(now.rows), each))
             if id(layer) not in values:
                 values[id(layer)] = parts.new_zeros(now.state.rows, *parts.shape[1:])
             values[id(layer)][now.rows] = parts

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.dist.groups import Group
+from opensora.engine.sequence import Sharded
 from opensora.errors import UsageError
 from opensora.infer.caching.cache import Cache, inside, moving
 from opensora.infer.caching.configs import FirstBlockConfig, TeaCacheConfig
@@ -30,17 +32,21 @@ class Skipped:
     added: Tensor | None = None
 
 
-def relative_change(new: Tensor, old: Tensor, frames: Tensor) -> Tensor:
+def relative_change(new: Tensor, old: Tensor, frames: Tensor, group: Group | None = None) -> Tensor:
     """(B,): sum of |new - old| over that of |old| of some frames, in float32.
 
     Args:
         new, old: (B, T, N, D).
         frames: bool (B, T).
+        group: the ranks that have the clip's other frames; all find the same, to the bit.
     """
     weight = frames[:, :, None, None]
     size = old.float().abs().mul(weight).sum(dim=(1, 2, 3))
     change = (new.float() - old.float()).abs().mul(weight).sum(dim=(1, 2, 3))
-    return change / size.clamp(min=torch.finfo(torch.float32).tiny)
+    both = torch.stack([change, size])  # 2 B
+    if group is not None:
+        both = torch.stack(group.all_gather(both, [both.shape] * group.size)).sum(0)
+    return both[0] / both[1].clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class _Skipping(Cache[Skipped]):
@@ -49,12 +55,19 @@ class _Skipping(Cache[Skipped]):
     def fresh(self, rows: int) -> Skipped:
         return Skipped([0.0] * rows)
 
-    def _through(self, state: Skipped, stream: Any, pairs: slice, skip: list[bool]) -> Any:
+    def _changes(self, new: Tensor, old: Tensor, plan: Sharded, t: Tensor) -> list[float]:
+        """Of each row, of the frames that move."""
+        mine = moving(t)[:, plan.mine(t.shape[1])]
+        return relative_change(new, old, mine, plan.groups.flat).tolist()
+
+    def _through(
+        self, state: Skipped, plan: Sharded, stream: Any, pairs: slice, skip: list[bool]
+    ) -> Any:
         """The stream after some pairs of blocks, which rows to skip do without."""
         self.reused += sum(skip)
         self.computed += len(skip) - sum(skip)
         if not any(skip):
-            done = self.kind.through(self.model, stream, pairs)
+            done = plan.through(self.model, stream, pairs)
             state.added = done.tokens - stream.tokens
             return done
         assert state.added is not None, "only what was computed is used again"
@@ -62,7 +75,7 @@ class _Skipping(Cache[Skipped]):
             rows = torch.tensor([i for i, s in enumerate(skip) if not s])
             rows = rows.to(stream.tokens.device)
             some = rows_of(stream, rows)
-            done = self.kind.through(self.model, some, pairs)
+            done = plan.through(self.model, some, pairs)
             state.added[rows] = done.tokens - some.tokens
             tokens = stream.tokens + state.added
             tokens[rows] = done.tokens
@@ -78,20 +91,19 @@ class TeaCache(_Skipping):
         super().__init__(model)
         self.config = config
 
-    def run(self, state: Skipped, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        model: Any = self.model
-        stream = model.enter(x, t, cond)
-        signature = self.kind.modulated(model, stream)
+    def run(self, state: Skipped, plan: Sharded, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        stream = plan.enter(self.model, x, t, cond)
+        signature = self.kind.modulated(self.model, stream, plan.mine(t.shape[1]))
         skip = [False] * len(x)
         if state.seen is not None:
-            changes = relative_change(signature, state.seen, moving(t)).tolist()
+            changes = self._changes(signature, state.seen, plan, t)
             for row, (here, change) in enumerate(zip(inside(self.config, t), changes, strict=True)):
                 state.changes[row] += max(0.0, self._rescaled(change))
                 skip[row] = here and state.changes[row] < self.config.threshold
         state.changes = [c if s else 0.0 for c, s in zip(state.changes, skip, strict=True)]
         state.seen = signature
-        stream = self._through(state, stream, slice(None), skip)
-        return self.kind.leave(model, stream)
+        stream = self._through(state, plan, stream, slice(None), skip)
+        return plan.leave(self.model, stream)
 
     def _rescaled(self, change: float) -> float:
         total = 0.0
@@ -112,17 +124,16 @@ class FirstBlock(_Skipping):
                 "this model has no more: use teacache or pab"
             )
 
-    def run(self, state: Skipped, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        model: Any = self.model
-        before = model.enter(x, t, cond)
-        first = self.kind.through(model, before, slice(0, 1))
+    def run(self, state: Skipped, plan: Sharded, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        before = plan.enter(self.model, x, t, cond)
+        first = plan.through(self.model, before, slice(0, 1))
         added = first.tokens - before.tokens
         skip = [False] * len(x)
         if state.seen is not None:
-            changes = relative_change(added, state.seen, moving(t)).tolist()
+            changes = self._changes(added, state.seen, plan, t)
             here = inside(self.config, t)
             skip = [h and c < self.config.threshold for h, c in zip(here, changes, strict=True)]
         kept = torch.tensor(skip, device=x.device)[:, None, None, None]
         state.seen = added if state.seen is None else torch.where(kept, state.seen, added)
-        stream = self._through(state, first, slice(1, None), skip)
-        return self.kind.leave(model, stream)
+        stream = self._through(state, plan, first, slice(1, None), skip)
+        return plan.leave(self.model, stream)
