@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from opensora.config import Config
-from opensora.errors import UsageError
+from opensora.errors import DataError, UsageError
 from opensora.evaluate import features
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.features import Extractor, ExtractorConfig
@@ -144,7 +144,13 @@ def _generated(
     )
     files = [folder / record["file"] for record in every]
     names = [f"{record['index']} {record['prompt']}" for record in every]
-    return names, lambda index: read_clip(files[index]).frames[: shape.num_frames]
+
+    def drawn(index: int) -> np.ndarray:
+        # A side that was odd has grown by a pixel in the file.
+        frames = read_clip(files[index], num_frames=shape.num_frames).frames
+        return frames[:, : shape.height, : shape.width]
+
+    return names, drawn
 
 
 @torch.no_grad()
@@ -166,6 +172,12 @@ def _features(
         rows += zip(part, extract(videos).float().cpu(), strict=True)
         progress(stage, begin + len(part), len(mine))
     every = dict(row for part in place.gather_objects(rows) for row in part)
+    broken = [index for index in range(count) if not every[index].isfinite().all()]
+    if broken:
+        raise DataError(
+            f"the extractor gives no numbers for {len(broken)} of the {stage} videos, such as "
+            f"number {broken[0]}: its weights are damaged"
+        )
     return torch.stack([every[index] for index in range(count)])
 
 

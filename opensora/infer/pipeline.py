@@ -151,6 +151,8 @@ class VideoPipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         shape, sampling, drawn = settle(shape or self.shape, sampling or SamplingConfig(), names)
+        if drawn is not None and seeds is not None:
+            raise UsageError("seeds and generator both say what is drawn: give one of them")
         seeds = drawn or (list(range(len(prompts))) if seeds is None else list(seeds))
         for name, values in (("seeds", seeds), ("lists of given frames", given)):
             if values is not None and len(values) != len(prompts):
@@ -302,7 +304,7 @@ class VideoPipeline:
             raise UsageError("sampling.cache does not go with ranks that share a video")
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
-            guide.after(step)
+            guide.after(guide.step)  # counted on where a guide is walked with more than once
             if cache is not None:
                 cache.tick()
             if callback is not None:

@@ -143,6 +143,13 @@ def test_the_mean_of_the_values_is_the_mmd_that_the_scores_hold(folders, tmp_pat
     assert np.mean(values) == pytest.approx(found["mean"])
 
 
+def test_features_that_are_no_numbers_are_refused(folders, tmp_path, monkeypatch):
+    broken = lambda videos: torch.full((len(videos), 4), float("nan"))  # noqa: E731
+    monkeypatch.setattr(fvd.features, "build", lambda *_: broken)
+    with pytest.raises(DataError, match="no numbers for 24 of the real videos"):
+        rfvd(folders, "alike", tmp_path)
+
+
 def test_an_unbiased_covariance_is_said_and_changes_the_number(folders, tmp_path):
     biased, other = (rfvd(folders, "alike", tmp_path, biased=b) for b in (True, False))
     assert other["settings"]["covariance"] == "N - 1"
