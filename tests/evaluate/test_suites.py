@@ -136,6 +136,17 @@ def test_the_set_itself_is_at_zero_and_stills_are_farther_than_what_moves_alike(
     assert (told["metric"], told["covariance"]) == ("rfvd", "N")
 
 
+def test_rendered_scenes_are_at_zero_from_files_of_themselves(tmp_path):
+    """A file has half the resolution of colour, so the real clips go through one as well."""
+    for index in range(8):
+        video = render(sample(SCENES, 0, index, "heldout"))
+        write_video(tmp_path / "same" / f"{index:03d}.mp4", video, fps=8)
+    clips = {"num": 8, "scenes": SCENES.model_dump()}
+    found = rfvd(tmp_path, "same", tmp_path / "out", clips=clips)
+    assert found["settings"]["codec"] == "mp4"
+    assert found["generated"]["rfvd"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_mean_of_the_values_is_the_mmd_that_the_scores_hold(folders, tmp_path):
     found = rfvd(folders, "alike", tmp_path)["generated"]["mmd"]
     lines = [json.loads(line) for line in (tmp_path / "values.jsonl").read_text().splitlines()]
