@@ -9,6 +9,7 @@ of the video and never scales the noise that a velocity contains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -129,11 +130,12 @@ class Guide:
         blind + frames_scale (seen - blind) + scale (told - seen)
 
     where `told` has text and frames, `seen` no text, `blind` neither; frames are hidden by noise of
-    level 1 (Song et al. 2025, "History-Guided Video Diffusion"). Only frames at levels in the
-    interval (low, high] are guided, the others are `told` (Kynkäänniemi et al. 2024); given frames,
-    at level 0, never are. rescale is phi of Lin et al. 2023, "Common Diffusion Noise Schedules and
-    Sample Steps are Flawed", equations 14 to 16, taken frame by frame, because frames may be at
-    different levels.
+    level 1 (Song et al. 2025, "History-Guided Video Diffusion"). Where the text is not guided by at
+    all (scale 1) both branches are told it: blind' + frames_scale (told - blind'). Only frames at
+    levels in the interval (low, high] are guided, the others are `told` (Kynkäänniemi et al. 2024);
+    given frames, at level 0, never are. rescale is phi of Lin et al. 2023, "Common Diffusion Noise
+    Schedules and Sample Steps are Flawed", equations 14 to 16, taken frame by frame, because frames
+    may be at different levels.
     """
 
     def __init__(
@@ -150,6 +152,9 @@ class Guide:
         self.predict, self.cond, self.uncond = predict, cond, uncond
         self.config, self.hide, self.weaker = config, hide, weaker
         self.num_steps, self.spread, self.step = num_steps, spread, 0
+        # An object for each branch, by which a step cache tells one from another.
+        blind = {"told blind": replace(cond), "blind": replace(uncond)}
+        self._words = {"told": cond, "seen": uncond, **blind}
         self._joined: dict[tuple[str, ...], Condition] = {}
 
     def after(self, step: int) -> None:
@@ -196,7 +201,7 @@ class Guide:
             shown = (x, t)
             if branch.endswith("blind") and self.hide is not None:
                 shown = self.hide(x, t)
-            inputs.append((*shown, self.cond if branch.startswith("told") else self.uncond))
+            inputs.append((*shown, self._words[branch]))
         if self.spread is not None or not self.config.batched:
             return self._each([partial(self.predict, *one) for one in inputs], x)
         if branches not in self._joined:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opensora.errors import UsageError
+from opensora.errors import DataError, UsageError
 from opensora.evaluate.results import Result, Values, values
 
 RESAMPLES = 10_000
@@ -61,7 +61,7 @@ def compare(a: Result, b: Result, *, seed: int = 0) -> list[Difference]:
 
     Raises:
         UsageError: the suites or their settings differ, or no sample is in both.
-        DataError: a result has no values of samples.
+        DataError: a result has no values of samples, or one that is no number.
     """
     check_same(a, b)
     first, second = values(a), values(b)
@@ -72,8 +72,14 @@ def compare(a: Result, b: Result, *, seed: int = 0) -> list[Difference]:
         metrics = dict.fromkeys(m for key in shared for m in first[key] if m in second[key])
         for metric in metrics:
             keys = [k for k in shared if metric in first[k] and metric in second[k]]
-            pairs = [[first[k][metric], second[k][metric]] for k in keys]
-            found.append(_difference(group, metric, np.array(pairs, float), seed))
+            pairs = np.array([[first[k][metric], second[k][metric]] for k in keys], float)
+            if not np.isfinite(pairs).all():
+                row, side = np.argwhere(~np.isfinite(pairs))[0]
+                raise DataError(
+                    f"{metric} of '{' '.join(keys[row])}' in {(a, b)[side].path} is "
+                    f"{pairs[row, side]}: a model that gives no numbers cannot be compared"
+                )
+            found.append(_difference(group, metric, pairs, seed))
     return found
 
 

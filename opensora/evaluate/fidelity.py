@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from opensora.config import Config
+from opensora.data.transforms import fit, to_uint8
 from opensora.errors import UsageError
 from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
 from opensora.evaluate.similarity import SSIM_WINDOW, flicker_added, psnr, ssim, unit
@@ -92,9 +92,7 @@ def _measure(
     judged: Autoencoder, frames: np.ndarray, distance: PerceptualDistance | None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The values of one clip, and of each of its frames."""
-    original = torch.from_numpy(frames)
-    restored = reconstruct(judged, original)
-    first, second = unit(restored), unit(original)
+    first, second = (unit(torch.from_numpy(x)) for x in (reconstruct(judged, frames), frames))
     curves = {"psnr": psnr(first, second), "ssim": ssim(first, second)}
     if distance is not None:
         device = next(judged.vae.parameters()).device
@@ -106,12 +104,11 @@ def _measure(
     return values, {name: curve.tolist() for name, curve in curves.items()}
 
 
-def reconstruct(judged: Autoencoder, frames: Tensor) -> Tensor:
+def reconstruct(judged: Autoencoder, frames: np.ndarray) -> np.ndarray:
     """uint8 (F, H, W, 3) encoded, decoded and rounded to the same."""
     device = next(judged.vae.parameters()).device
-    pixels = frames.permute(3, 0, 1, 2)[None].float().to(device) / 127.5 - 1
-    decoded = judged.vae.decode(judged.vae.encode(pixels))[0].float().cpu()
-    return ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+    pixels = fit(frames, frames.shape[1:3])[None].to(device)
+    return to_uint8(judged.vae.decode(judged.vae.encode(pixels)))[0]
 
 
 def _check(judged: Autoencoder, clips: Clips) -> None:

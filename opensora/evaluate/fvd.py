@@ -8,6 +8,7 @@ Frames, rate, convention and N stand in the settings, for numbers compare only w
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,15 +20,16 @@ from pydantic import Field
 from torch import Tensor
 
 from opensora.config import Config
-from opensora.errors import UsageError
+from opensora.errors import DataError, UsageError
 from opensora.evaluate import drawing, features
-from opensora.evaluate.clips import RealClipsConfig, open_clips
+from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
 from opensora.evaluate.features import Extractor, ExtractorConfig
 from opensora.evaluate.frechet import FrechetStats, Reference, jackknife, mmd_values
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer import samples
 from opensora.infer.pipeline import SamplingConfig, Shape
 from opensora.media.read import read_clip
+from opensora.media.write import write_video
 from opensora.runtime import Runtime
 
 FEWEST = 256
@@ -80,10 +82,13 @@ def run(subject: Subject, config: FvdConfig, output: Path, progress: Progress) -
     _check_count(config, len(names), "generated videos")
     extract = features.build(config.extractor, place.device, clips.shape.num_frames)
     settings = {"extractor": _identity(config.extractor), **clips.facts}
+    real_clip = clips.read
+    if config.clips.path is None:
+        real_clip, settings["codec"] = partial(_through_a_file, clips), "mp4"
     if config.reference is not None and config.reference.is_file():
         real = Reference.load(config.reference, settings).features
     else:
-        real = _features(extract, clips.read, len(clips), config, place, "real", progress)
+        real = _features(extract, real_clip, len(clips), config, place, "real", progress)
         if config.reference is not None and place.is_main:
             Reference(real, settings).save(config.reference)
     fake = _features(extract, read, len(names), config, place, "generated", progress)
@@ -141,7 +146,21 @@ def _generated(
     )  # fmt: skip
     files = [folder / record["file"] for record in records]
     names = [f"{record['index']} {record['prompt']}" for record in records]
-    return names, lambda index: read_clip(files[index]).frames[: shape.num_frames]
+
+    def drawn(index: int) -> np.ndarray:
+        # A side that was odd has grown by a pixel in the file.
+        frames = read_clip(files[index], num_frames=shape.num_frames).frames
+        return frames[:, : shape.height, : shape.width]
+
+    return names, drawn
+
+
+def _through_a_file(clips: Clips, index: int) -> np.ndarray:
+    """A rendered clip as an mp4 holds it, which is how the videos to compare it with are kept: half
+    the resolution of colour alone moves the distance by more than another sample of scenes does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(Path(folder) / "clip.mp4", clips.read(index), fps=clips.shape.fps)
+        return read_clip(path).frames[:, : clips.shape.height, : clips.shape.width]
 
 
 @torch.no_grad()
@@ -163,7 +182,14 @@ def _features(
         videos = torch.from_numpy(np.stack([read(index) for index in part])).to(place.device)
         return extract(videos).float().cpu()
 
-    return torch.cat(shared(place, -(-count // size), batch, partial(progress, stage)))
+    found = torch.cat(shared(place, -(-count // size), batch, partial(progress, stage)))
+    broken = (~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise DataError(
+            f"the extractor gives no numbers for {len(broken)} of the {stage} videos, such as "
+            f"number {broken[0]}: its weights are damaged"
+        )
+    return found
 
 
 def _check_count(config: FvdConfig, count: int, what: str) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from opensora.errors import DataError, UsageError
+from opensora.evaluate.arena import TRAINED_GROUPS
 from opensora.evaluate.suite import SCORES_NAME, VALUES_NAME, Estimates, groups
-
-_ARENA = {"samples": "trained", "samples_untrained": "untrained"}
-"""Folders of the arena's records -> the group that their scores belong to."""
 
 Values = dict[tuple[str, str], dict[str, float]]
 """(group, sample) -> metric -> value."""
@@ -100,13 +98,28 @@ def values(result: Result) -> Values:
     if file.is_file():
         for line in _lines(file):
             found[line["group"], line["id"]] = line["values"]
-    for folder, group in _ARENA.items():
+    for folder in ("samples", "samples_untrained"):
         for line in _lines(result.path / folder / "samples.jsonl"):
             if "scores" in line:
+                group = (
+                    _trained_group(result, line["index"]) if folder == "samples" else "untrained"
+                )
                 found[group, f"{line['index']} {line['seed']} {line['prompt']}"] = line["scores"]
     if not found:
         raise DataError(f"{result.path} has no values of samples ({VALUES_NAME}): evaluate again")
     return found
+
+
+def _trained_group(result: Result, index: int) -> str:
+    """The group of the arena's `scores.json` that a video of the trained model counts in: its
+    prompts are numbered from those with fewest objects on."""
+    edge = 0
+    counts = result.settings.get("num_prompts", {})
+    for number, count in sorted((int(number), count) for number, count in counts.items()):
+        edge += count
+        if index < edge:
+            return TRAINED_GROUPS[number]
+    raise DataError(f"{result.path} has more samples than prompts in its settings: evaluate again")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from opensora.data.buckets import BucketsConfig
 from opensora.data.clips import ClipReader, ClipsConfig
 from opensora.data.latents import open_cache
 from opensora.data.plan import once
+from opensora.data.transforms import fit
 from opensora.engine import checkpoint
 from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips, read_manifest
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
@@ -43,7 +44,9 @@ class LossConfig(Config):
         default=None,
         description="shapes that the clips of clips.path are cut to; null: the one the model draws",
     )
-    levels: int = Field(default=10, ge=1, description="noise levels, evenly spaced in (0, 1)")
+    levels: int = Field(
+        default=10, ge=1, le=50, description="noise levels, evenly spaced in (0, 1)"
+    )  # more would share the two digits of their names
     repeats: int = Field(default=1, ge=1, description="noises for each clip and level")
     seed: int = Field(default=0, ge=0, lt=2**62, description="of the noise")
     batch_size: int = Field(default=8, ge=1, description="levels at a time; changes no value")
@@ -199,12 +202,12 @@ def _bucketed(pipeline: VideoPipeline, config: RealClipsConfig, buckets: Buckets
 
 
 def _encoded(pipeline: VideoPipeline, clips: Clips, index: int) -> _Example:
-    frames = torch.from_numpy(clips.read(index)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    with torch.no_grad():
-        latents = pipeline.vae.encode(frames.to(pipeline.device))[0]
     shape, name = clips.shape, clips.ids[index]
     bucket = f"{shape.num_frames}x{shape.height}x{shape.width}"
     size = (shape.height, shape.width)
+    pixels = fit(clips.read(index), size)[None]
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels.to(pipeline.device))[0]
     return _Example(index, name, bucket, latents, clips.texts[index], shape.fps, size)
 
 

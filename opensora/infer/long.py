@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -85,38 +86,44 @@ def stream(
         uint8 (f, H, W, 3), `num_frames` of them in all.
 
     Raises:
-        UsageError: settings that leave a window nothing to draw, or that `pyramid` has no use for.
+        UsageError: settings that leave a window nothing to draw, that `pyramid` has no use for, or
+            for windows that the video does not have.
     """
     shape, sampling = shape or pipeline.shape, sampling or SamplingConfig()
     if num_frames < 1 or not prompts:
         raise UsageError("a video has at least one frame and one prompt")
-    settings = (pipeline, prompts, shape, sampling, negative_prompt, seed, callback)
+    video = _Video(
+        pipeline, tuple(prompts), num_frames, seed, shape, sampling, negative_prompt, callback
+    )
     if isinstance(long, WindowsConfig):
-        pieces = _windows(*settings, long, given)
+        pieces = _windows(video, long, given)
     else:
-        if len(prompts) > 1 or any(given):
-            raise UsageError("long.kind=pyramid takes one prompt and no given frames: use windows")
-        pieces = _pyramid(*settings, long, num_frames)
+        pieces = _pyramid(video, long, given)
     left = num_frames
     for piece in pieces:
         yield piece[:left]
         left -= len(piece)
-        if left <= 0:
-            return
+
+
+@dataclass(frozen=True)
+class _Video:
+    """What is drawn, whichever way; `stream` says what the attributes are."""
+
+    pipeline: VideoPipeline
+    prompts: tuple[str, ...]
+    num_frames: int
+    seed: int
+    shape: Shape
+    sampling: SamplingConfig
+    negative_prompt: str
+    callback: Callback | None
 
 
 def _windows(
-    pipeline: VideoPipeline,
-    prompts: Sequence[str],
-    shape: Shape,
-    sampling: SamplingConfig,
-    negative_prompt: str,
-    seed: int,
-    callback: Callback | None,
-    long: WindowsConfig,
-    given: Sequence[Sequence[Given]],
+    video: _Video, long: WindowsConfig, given: Sequence[Sequence[Given]]
 ) -> Iterator[np.ndarray]:
-    """Windows without end; frames that one shares with the last are not yielded again."""
+    """Windows one after the other; frames that one shares with the last are not yielded again."""
+    pipeline, shape, prompts = video.pipeline, video.shape, video.prompts
     stride = pipeline.vae.stride[0]
     latents = pipeline.latent_shape(shape)[1]
     if long.overlap >= latents:
@@ -125,39 +132,44 @@ def _windows(
             "latent frames, so at most one less"
         )
     shared = 1 + stride * (long.overlap - 1)
+    rest = max(0, video.num_frames - shape.num_frames)
+    windows = 1 + math.ceil(rest / (shape.num_frames - shared))
+    if len(prompts) > windows or any(given[windows:]):
+        raise UsageError(
+            f"{video.num_frames} frames are {windows} windows, and prompts or frames are given for "
+            "later ones (counted from 0): leave them out, or ask for more frames"
+        )
     last: np.ndarray | None = None
-    number = 0
-    while True:
+    for number in range(windows):
         own = list(given[number]) if number < len(given) else []
         if last is not None:
             own.insert(0, Given(last[-shared:], count=long.overlap, level=long.overlap_level))
         (sample,) = pipeline(
             prompts[min(number, len(prompts) - 1)],
-            seeds=[seed if number == 0 else runtime.address(seed, "window", number)],
+            seeds=[video.seed if number == 0 else runtime.address(video.seed, "window", number)],
             shape=shape,
-            sampling=sampling,
-            negative_prompt=negative_prompt,
+            sampling=video.sampling,
+            negative_prompt=video.negative_prompt,
             given=[own],
-            callback=callback,
+            callback=video.callback,
         )
         yield sample.frames if last is None else sample.frames[shared:]
         last = sample.frames
-        number += 1
 
 
 @torch.no_grad()
 def _pyramid(
-    pipeline: VideoPipeline,
-    prompts: Sequence[str],
-    shape: Shape,
-    sampling: SamplingConfig,
-    negative_prompt: str,
-    seed: int,
-    callback: Callback | None,
-    long: PyramidWindowConfig,
-    num_frames: int,
+    video: _Video, long: PyramidWindowConfig, given: Sequence[Sequence[Given]]
 ) -> Iterator[np.ndarray]:
     """Chunks of latent frames, decoded as they come out of the window."""
+    pipeline, shape, sampling = video.pipeline, video.shape, video.sampling
+    if len(video.prompts) > 1 or any(given):
+        raise UsageError("long.kind=pyramid takes one prompt and no given frames: use windows")
+    if sampling.schedule.kind != "full_sequence":
+        raise UsageError(
+            f"long.kind=pyramid has its own staircase: leave out schedule.kind="
+            f"{sampling.schedule.kind}, or use windows"
+        )
     if pipeline.savings.decode.tile is True or pipeline.savings.decode.chunk is not None:
         raise UsageError(
             "long.kind=pyramid decodes as it goes, and neither in tiles nor by decode.chunk: leave "
@@ -170,15 +182,15 @@ def _pyramid(
             f"long.context {long.context} and long.chunk {long.chunk} leave nothing of a window of "
             f"{latents} latent frames"
         )
-    total = math.ceil((1 + (num_frames - 1) / pipeline.vae.stride[0]) / long.chunk)
+    total = math.ceil((1 + (video.num_frames - 1) / pipeline.vae.stride[0]) / long.chunk)
     lag = math.ceil(sampling.schedule.num_steps / active)
     ladder = shift_levels(
         SPACINGS[sampling.schedule.spacing](lag * active), pipeline.shift(shape, latents)
     ).float()
-    guide = pipeline.guide(prompts[:1], shape, sampling, negative_prompt, lag)
+    guide = pipeline.guide(video.prompts, shape, sampling, video.negative_prompt, lag)
 
     def noise(chunk: int, *step: int, frames: int = long.chunk) -> Tensor:
-        generator = runtime.generator(seed, "sample", chunk, *step)
+        generator = runtime.generator(video.seed, "sample", chunk, *step)
         drawn = torch.randn(1, channels, frames, height, width, generator=generator)
         return drawn.to(pipeline.device)
 
@@ -194,7 +206,7 @@ def _pyramid(
         x = torch.cat([context, window], dim=2)
         fresh = partial(noise, first, frames=x.shape[2])
         with out_of_memory(pipeline, "denoising", shape, 1):
-            x = pipeline.walk(guide, x, levels, sampling, callback, fresh)
+            x = pipeline.walk(guide, x, levels, sampling, video.callback, fresh)
         context = x[:, :, : seen + long.chunk]
         with out_of_memory(pipeline, "decoding", shape, 1):
             frames = to_uint8(decode(context[:, :, seen:]))[0]

@@ -156,6 +156,8 @@ class VideoPipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         shape, sampling, drawn = settle(shape or self.shape, sampling or SamplingConfig(), names)
+        if drawn is not None and seeds is not None:
+            raise UsageError("seeds and generator both say what is drawn: give one of them")
         seeds = drawn or (list(range(len(prompts))) if seeds is None else list(seeds))
         for name, values in (("seeds", seeds), ("lists of given frames", given)):
             if values is not None and len(values) != len(prompts):
@@ -318,7 +320,7 @@ class VideoPipeline:
         """Latents moved from the levels of the first row to those of the last."""
 
         def told(step: int, x: Tensor, data: Tensor) -> None:
-            guide.after(step)
+            guide.after(guide.step)  # counted on where a guide is walked with more than once
             if cache is not None:
                 cache.tick()
             if callback is not None:

@@ -41,7 +41,10 @@ def read_picture(path: str | os.PathLike[str], *, limits: Limits = _DEFAULT_LIMI
                     f"'{path}' has {image.width}x{image.height} pixels, more than the limit of "
                     f"{limits.max_pixels_per_frame}: make it smaller"
                 )
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = upright.convert("RGBA")
     except UnidentifiedImageError:
         raise DataError(f"'{path}' is no picture: give {', '.join(PICTURES)}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

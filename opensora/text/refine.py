@@ -7,6 +7,7 @@ that was named and nowhere else, and no message shows it.
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from opensora.disk import replace_file
-from opensora.errors import StorageError, UsageError, require
+from opensora.errors import DataError, StorageError, UsageError, require
 
 Refine = Callable[[str], str]
 
@@ -45,18 +46,22 @@ def endpoint(url: str, model: str, *, key: str | None = None, seconds: float = _
             a key would be readable on the way.
         model: the endpoint's name of the model.
         key: by default the environment's OPENAI_API_KEY; endpoints on this machine often need none.
+        seconds: that the endpoint may be silent.
 
     Raises:
-        UsageError: the URL is none, or not safe.
+        UsageError: the URL is none, or not safe, or the key cannot be one.
     """
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    is_url = url.isascii() and url.isprintable() and " " not in url
+    if not is_url or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"--refine {url}: give an http(s) URL of an API, or a model's folder")
     if parts.scheme == "http" and not _is_this_machine(parts.hostname):
         raise UsageError(f"--refine {url}: plain http leaves this machine unprotected; use https")
     if not model:
         raise UsageError("--refine with a URL needs --refine-model, the endpoint's name of it")
-    secret = os.environ.get(KEY_VARIABLE, "") if key is None else key
+    secret = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
+    if not (secret.isascii() and secret.isprintable()):  # http.client would quote it in its error
+        raise UsageError(f"{KEY_VARIABLE} holds characters that no key has; set it anew")
     headers = {"Content-Type": "application/json"}
     if secret:
         headers["Authorization"] = f"Bearer {secret}"
@@ -73,8 +78,8 @@ def endpoint(url: str, model: str, *, key: str | None = None, seconds: float = _
             return _words(json.loads(content)["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}"
-        except (OSError, ValueError) as error:
-            reason = str(getattr(error, "reason", error))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
         except (KeyError, IndexError, TypeError):
             reason = "its answer has no choices[0].message.content"
         raise StorageError(f"{parts.hostname} did not refine the prompt: {reason}") from None
@@ -84,6 +89,8 @@ def endpoint(url: str, model: str, *, key: str | None = None, seconds: float = _
 
 def local(folder: str | Path) -> Refine:
     """A function that asks a causal language model of transformers, greedily.
+
+    It raises StorageError where the model has nothing to say.
 
     Args:
         folder: with weights and a tokenizer that has a chat template.
@@ -107,7 +114,10 @@ def local(folder: str | Path) -> Refine:
         )
         made = model.eval().generate(**tokens, max_new_tokens=_NEW_TOKENS, do_sample=False)
         told = made[0, tokens["input_ids"].shape[1] :]
-        return _words(tokenizer.decode(told, skip_special_tokens=True))
+        try:
+            return _words(tokenizer.decode(told, skip_special_tokens=True))
+        except ValueError as error:
+            raise StorageError(f"{folder} did not refine the prompt: {error}") from None
 
     return ask
 
@@ -122,10 +132,16 @@ def remembered(refine: Refine, path: Path, prompts: Iterable[str]) -> dict[str, 
 
     Every answer is written down as it comes, so that a stopped call goes on, and the same call
     draws the same videos.
+
+    Raises:
+        DataError: the file is damaged.
     """
     known: dict[str, str] = {}
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            known = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error}): remove it") from None
     for prompt in prompts:
         if prompt not in known:
             known[prompt] = refine(prompt)

@@ -172,6 +172,26 @@ def test_guidance_by_given_frames_has_three_branches(x, t, batched):
     torch.testing.assert_close(guided[:, :, :1], told[:, :, :1])
 
 
+def test_every_branch_passes_a_condition_of_its_own_in_every_step(x, t):
+    """Step caches tell branches by that object; a solver of two stages calls each of them twice."""
+    seen: dict[int, set[bool]] = {}
+
+    def predict(x, t, cond):
+        seen.setdefault(id(cond), set()).add(bool((t == 1).any()))  # whether frames are hidden
+        return x
+
+    t = t.clamp(0.1, 0.9).masked_fill(GIVEN, 0.0)
+    for scale, branches in ((5.0, 3), (1.0, 2)):
+        seen.clear()
+        options = {"frames_scale": 3.0, "oscillation": "frames", "batched": False}
+        guide = classifier_free(predict, COND, UNCOND, scale, hide=hide, **options)
+        for step in range(13):
+            guide(x, t)
+            guide(x, t)
+            guide.after(step)
+        assert sorted(map(sorted, seen.values())) == [[False]] * (branches - 1) + [[True]]
+
+
 def test_frames_alone_can_guide_with_two_branches(x, t):
     model = Sees()
     t = t.clamp(min=0.1).masked_fill(GIVEN, 0.0)

@@ -3,6 +3,9 @@
 Their index n is our level (n + 1) / 1000, and "trailing" spacing is our even levels.
 """
 
+import functools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,12 +14,13 @@ from opensora.diffusion.flow import Flow, FlowConfig
 from opensora.diffusion.gaussian import (
     CosineBetas,
     DDPMConfig,
+    EDMConfig,
     Gaussian,
     LinearBetas,
     ScaledLinearBetas,
 )
-from opensora.diffusion.samplers import dpmpp_2m, euler, heun
-from opensora.diffusion.schedule import full_sequence
+from opensora.diffusion.samplers import SAMPLERS, dpmpp_2m, euler, heun, renoise
+from opensora.diffusion.schedule import full_sequence, karras
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers")
 
@@ -120,6 +124,58 @@ def test_ddim_with_zero_terminal_snr(x):
     process = Gaussian(DDPMConfig(prediction="velocity", zero_terminal_snr=True))
     levels = full_sequence(NUM_STEPS, 1)[:, 0]
     assert_same(ours(euler, process, x, levels), theirs(scheduler, x, lambda n: (n + 1) / 1000))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_with_renewed_noise(x, draw_normal, prediction):
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
+    scheduler.set_timesteps(NUM_STEPS)
+    process = Gaussian(DDPMConfig(prediction=prediction))
+    noise = lambda step: draw_normal(2 + step, *SHAPE)  # noqa: E731
+    expected = x
+    for step, n in enumerate(scheduler.timesteps):
+        t = (n[None].double() + 1) / 1000
+        options = {"eta": 1.0, "variance_noise": noise(step)}
+        expected = scheduler.step(network(expected, t), n, expected, **options).prev_sample
+    sampler = functools.partial(SAMPLERS["ancestral"], noise=noise)
+    assert_same(ours(sampler, process, x, full_sequence(NUM_STEPS, 1)[:, 0]), expected)
+
+
+def test_renewing_all_noise_on_the_line(x):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / NUM_STEPS, NUM_STEPS))
+    torch.manual_seed(0)
+    drawn = [torch.randn(SHAPE) for _ in range(NUM_STEPS)]
+    torch.manual_seed(0)
+    expected = theirs(scheduler, x, lambda n: n / 1000)
+    sampler = functools.partial(renoise, noise=lambda step: drawn[step])
+    levels = full_sequence(NUM_STEPS, 1, shift=3.0)[:, 0]
+    assert_same(ours(sampler, Flow(), x, levels), expected)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [(euler, "EDMEulerScheduler"), (dpmpp_2m, "EDMDPMSolverMultistepScheduler")],
+)
+def test_edm_on_karras_levels(x, sampler, name):
+    """Theirs has data of standard deviation 0.5, noise added to it unscaled, and minus our v."""
+    scheduler, levels = getattr(diffusers, name)(sigma_data=0.5), karras(NUM_STEPS)
+    scheduler.set_timesteps(NUM_STEPS)
+    sigmas = scheduler.sigmas.double()
+    torch.testing.assert_close(torch.atan(sigmas / 0.5) * 2 / math.pi, levels, rtol=0, atol=1e-6)
+    expected = x * (sigmas[0] ** 2 + 0.25).sqrt()
+    for n, level in zip(scheduler.timesteps, levels[:-1], strict=True):
+        shown = scheduler.scale_model_input(expected, n)
+        expected = scheduler.step(-network(shown, level[None]), n, expected).prev_sample
+    assert_same(ours(sampler, Gaussian(EDMConfig()), x, levels), expected / 0.5)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -113,12 +113,23 @@ def test_the_arenas_scores_are_read_from_its_records(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "samples" / "samples.jsonl").write_text(text)
-    (folder / "scores.json").write_text('{"settings": {"suite": "arena"}}')
+    settings = {"suite": "arena", "num_prompts": {"2": 1, "1": 1}}
+    (folder / "scores.json").write_text(json.dumps({"settings": settings}))
     found = results.values(results.read(folder))
-    assert found == {
+    assert found == {  # the groups of scores.json: prompts with fewest objects come first
         ("trained", "0 0 a dot"): {"colour": 0.0},
-        ("trained", "1 1 a dot"): {"colour": 1.0},
+        ("trained_two_objects", "1 1 a dot"): {"colour": 1.0},
     }
+    settings["num_prompts"] = {"1": 1}
+    (folder / "scores.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(DataError, match="more samples than prompts"):
+        results.values(results.read(folder))
+
+
+def test_a_model_that_gives_no_numbers_is_named_and_not_called_equal(tmp_path):
+    sound, broken = result(tmp_path / "a", [1, 2]), result(tmp_path / "b", [1, float("nan")])
+    with pytest.raises(DataError, match=r"psnr of 'vae clip 1' in .*b is nan"):
+        compare.compare(sound, broken)
 
 
 def test_what_is_no_result_or_several_is_told(tmp_path):

@@ -136,11 +136,29 @@ def test_the_set_itself_is_at_zero_and_stills_are_farther_than_what_moves_alike(
     assert (told["metric"], told["covariance"]) == ("rfvd", "N")
 
 
+def test_rendered_scenes_are_at_zero_from_files_of_themselves(tmp_path):
+    """A file has half the resolution of colour, so the real clips go through one as well."""
+    for index in range(8):
+        video = render(sample(SCENES, 0, index, "heldout"))
+        write_video(tmp_path / "same" / f"{index:03d}.mp4", video, fps=8)
+    clips = {"num": 8, "scenes": SCENES.model_dump()}
+    found = rfvd(tmp_path, "same", tmp_path / "out", clips=clips)
+    assert found["settings"]["codec"] == "mp4"
+    assert found["generated"]["rfvd"]["mean"] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_mean_of_the_values_is_the_mmd_that_the_scores_hold(folders, tmp_path):
     found = rfvd(folders, "alike", tmp_path)["generated"]["mmd"]
     lines = [json.loads(line) for line in (tmp_path / "values.jsonl").read_text().splitlines()]
     values = [line["values"]["mmd"] for line in lines if line["group"] == "generated"]
     assert np.mean(values) == pytest.approx(found["mean"])
+
+
+def test_features_that_are_no_numbers_are_refused(folders, tmp_path, monkeypatch):
+    broken = lambda videos: torch.full((len(videos), 4), float("nan"))  # noqa: E731
+    monkeypatch.setattr(fvd.features, "build", lambda *_: broken)
+    with pytest.raises(DataError, match="no numbers for 24 of the real videos"):
+        rfvd(folders, "alike", tmp_path)
 
 
 def test_an_unbiased_covariance_is_said_and_changes_the_number(folders, tmp_path):

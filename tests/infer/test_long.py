@@ -110,6 +110,24 @@ def test_a_pyramid_is_the_staircase_schedule_while_it_fits_the_window(pipeline):
     assert np.abs(video.astype(int) - whole.permute(1, 2, 3, 0).numpy()).mean() < 4
 
 
+def test_oscillating_guidance_rests_as_in_a_short_video_along_a_pyramid(pipeline, monkeypatch):
+    """Every other step after the tenth costs one branch, counted over the whole video."""
+    rows = []
+    model = pipeline.model.forward
+
+    def forward(x, t, cond):
+        rows.append(len(x))
+        return model(x, t, cond)
+
+    monkeypatch.setattr(pipeline.model, "forward", forward)
+    sampling = SamplingConfig.model_validate(
+        {"schedule": {"num_steps": 12}, "guidance": {"scale": 2.0, "oscillation": "text"}}
+    )
+    pieces(pipeline, 13, PyramidWindowConfig(context=1), sampling=sampling)
+    assert len(rows) == 12 + 3 * 3
+    assert rows == [1 if step > 10 and step % 2 else 2 for step in range(len(rows))]
+
+
 def test_solvers_with_fresh_noise_draw_long_videos_too(pipeline):
     sampling = QUICK.model_copy(update={"sampler": "renoise"})
     for long in (WindowsConfig(), PyramidWindowConfig()):
@@ -131,3 +149,14 @@ def test_settings_that_leave_nothing_to_draw_are_refused(pipeline):
         pieces(tiled, 40, PyramidWindowConfig())
     with pytest.raises(UsageError, match="one prompt and no given frames"):
         pieces(pipeline, 40, PyramidWindowConfig(), prompts=("a", "b"))
+    other = SamplingConfig.model_validate({"schedule": {"kind": "autoregressive"}})
+    with pytest.raises(UsageError, match=r"leave out schedule\.kind=autoregressive"):
+        pieces(pipeline, 40, PyramidWindowConfig(), sampling=other)
+
+
+def test_prompts_and_frames_for_windows_that_there_are_not_are_refused(pipeline):
+    given = [[], [], [Given(moving(1))]]
+    for options in ({"prompts": ("a", "b", "c")}, {"given": given}):
+        with pytest.raises(UsageError, match="29 frames are 2 windows"):
+            pieces(pipeline, 29, WindowsConfig(overlap=2), **options)
+        assert sum(map(len, pieces(pipeline, 30, WindowsConfig(overlap=2), **options))) == 30

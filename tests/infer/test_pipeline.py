@@ -136,6 +136,11 @@ def test_a_shape_that_does_not_fit_is_refused(change, told, pipeline):
         pipeline(PROMPTS[:1], shape=replace(SHAPE, **change))
 
 
+def test_seeds_and_a_generator_exclude_each_other(pipeline):
+    with pytest.raises(UsageError, match="give one of them"):
+        pipeline(["a"], seeds=[1], generator=torch.Generator())
+
+
 def test_every_prompt_needs_a_seed(pipeline):
     with pytest.raises(UsageError, match="3 prompts need as many seeds, found 2"):
         pipeline(PROMPTS, seeds=[1, 2])

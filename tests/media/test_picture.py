@@ -55,6 +55,12 @@ def test_other_kinds_of_pixels_become_rgb(mode, tmp_path):
     assert read_picture(tmp_path / f"a.{suffix}").shape == (3, 5, 3)
 
 
+def test_grey_of_16_bits_keeps_its_upper_8(tmp_path):
+    values = np.arange(0, 65536, 257 * 17, dtype=np.uint16)[None]
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png")[0, :, 0].tolist() == (values[0] >> 8).tolist()
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     """A PNG whose header alone is there."""
 

@@ -1,12 +1,13 @@
 """Prompts are written out by an endpoint or a local model, once, and no key is ever shown."""
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from opensora.errors import StorageError, UsageError
+from opensora.errors import DataError, StorageError, UsageError
 from opensora.text.refine import INSTRUCTION, endpoint, local, remembered
 
 SECRET = "sk-very-secret"
@@ -84,12 +85,48 @@ def test_answers_of_no_use_are_told_without_the_key(server, status, content, tol
 
 
 @pytest.mark.parametrize(
+    "raw",
+    [
+        b"no HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"",
+    ],
+)
+def test_what_does_not_speak_http_is_told_in_one_line(raw):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(raw)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(StorageError, match=r"did not refine the prompt: \S"):
+            endpoint(url, "small", key=SECRET)("a dog")
+        thread.join()
+
+
+def test_a_key_that_was_read_with_its_line_end_serves_and_one_that_is_none_is_not_shown(server):
+    endpoint(url_of(server), "small", key=f"{SECRET}\n")("a dog")
+    assert server.asked[0][1] == f"Bearer {SECRET}"
+    for key in (f"{SECRET}\nX: y", f"{SECRET}\u2026"):
+        with pytest.raises(UsageError, match="no key has") as caught:
+            endpoint(url_of(server), "small", key=key)
+        assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("url", "model", "told"),
     [
         ("ftp://x/v1", "m", "http"),
         ("nowhere", "m", "http"),
         ("http://example.com/v1", "m", "use https"),
         ("https://example.com/v1", "", "--refine-model"),
+        ("https://example.com/v 1", "m", "give an http"),
+        ("https://example.com/v\u00e9", "m", "give an http"),
     ],
 )
 def test_endpoints_that_are_none_or_not_safe_are_refused(url, model, told):
@@ -114,6 +151,14 @@ def test_a_prompt_is_asked_for_once_and_what_is_known_survives(tmp_path):
     assert asked == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("content", ["{", "3", "\xff"])
+def test_damaged_answers_are_told(content, tmp_path):
+    path = tmp_path / "refined.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match=r"refined\.json cannot be read"):
+        remembered(str.upper, path, ["a"])
+
+
 def test_a_local_language_model_answers(tmp_path):
     import tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -133,7 +178,7 @@ def test_a_local_language_model_answers(tmp_path):
     refine = local(tmp_path)
     try:
         told = refine("a dog")
-    except ValueError as error:  # of random weights, which may have nothing to say
+    except StorageError as error:  # of random weights, which may have nothing to say
         assert "empty" in str(error)
     else:
         assert told == refine("a dog")
