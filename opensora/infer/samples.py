@@ -143,12 +143,11 @@ def draw(
     settings = {"weights": pipeline.fingerprint, **_plain(options)}
     if long is not None:
         settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
-    if picture_first:
-        settings["picture_first"] = True
+    settings |= {"picture_first": True} if picture_first else {}
     _check(work, long=long is not None, picture_first=picture_first)
     size = 1 if long is not None else batch_size
-    pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
-    settings["tiled"] = tiled
+    rows = min(size, len(work))
+    pipeline, settings["tiled"] = _settled(pipeline, folder, shape, rows, place, tell)
     together = place.world_size > 1 and pipeline.team is not None
     report = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
