@@ -6,12 +6,14 @@ fields and paths: platform.openai.com/docs/api-reference/videos; `step`, `steps`
 """
 
 # Annotations are evaluated here, because FastAPI reads them and is imported in a function.
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from opensora import __version__
@@ -19,6 +21,7 @@ from opensora.errors import StorageError, require
 from opensora.infer.pipeline import VideoPipeline
 from opensora.media.write import safe_name
 from opensora.serve import forms, jobs, metrics, uploads, views
+from opensora.serve.clients import client_of
 from opensora.serve.config import Bounds, ServeConfig
 from opensora.serve.jobs import Job, Store
 from opensora.serve.refusals import Refusal, quoted
@@ -34,6 +37,7 @@ PAGE = {
     "/report.css": ("opensora.report", "page.css", "text/css"),
 }
 """Path -> package, file and type; the page wears the report's style."""
+GONE = "there is no such video; it may have been removed"
 OPEN_PATHS = frozenset({*PAGE, "/health"})
 """Answered without a token: they tell nothing about models or videos."""
 
@@ -57,7 +61,14 @@ class Service:
 
     def __post_init__(self) -> None:
         self.bounds = Bounds.of(self.config, self.pipelines[0].shape)
-        self.workers = Workers(self.store, self.pipelines, capacity=self.config.queue)
+        self.workers = Workers(
+            self.store,
+            self.pipelines,
+            capacity=self.config.queue,
+            per_client=self.config.queue_per_client,
+            model=self.name,
+            checkpoint=self.checkpoint,
+        )
 
     def view(self, job: Job) -> dict[str, Any]:
         """A job as clients see it."""
@@ -79,16 +90,21 @@ class Service:
         """
         job = self.store.get(name)
         if job is None:
-            raise Refusal("not_found", "there is no such video; it may have been removed")
+            raise Refusal("not_found", GONE)
         return job
 
-    def create(self, tree: dict[str, Any], picture: bytes | None) -> Job:
+    def create(
+        self, tree: dict[str, Any], picture: bytes | None, *, client: str | None = None
+    ) -> Job:
         """Check, decode, queue.
+
+        Args:
+            client: who asks, as `clients.client_of` has it.
 
         Raises:
             Refusal: the request is not carried out, and nothing of it is kept.
         """
-        self.workers.refuse_if_full()
+        self.workers.refuse_if_full(client)
         asked = check(
             tree,
             pipeline=self.pipelines[0],
@@ -98,9 +114,9 @@ class Service:
         )
         with _storage_refusals():
             if picture is None:
-                return self.workers.submit(asked)
+                return self.workers.submit(asked, client=client)
             with uploads.decoded(picture, self.store.folder, self.config) as path:
-                return self.workers.submit(asked, path)
+                return self.workers.submit(asked, path, client=client)
 
     def page(self, limit: int, after: str | None, order: str) -> dict[str, Any]:
         """Jobs, the newest first by default, from the one that follows `after`."""
@@ -108,8 +124,10 @@ class Service:
         if order == "desc":
             found.reverse()
         if after is not None:
-            known = self.find(after)
-            found = found[found.index(known) + 1 :]
+            places = [place for place, job in enumerate(found) if job.id == after]
+            if not places:
+                raise Refusal("not_found", GONE, param="after")
+            found = found[places[0] + 1 :]
         shown = [self.view(job) for job in found[:limit]]
         return {
             "object": "list",
@@ -188,14 +206,20 @@ def _add_videos(app: Any, service: Service) -> None:
     async def create(request: Request) -> dict[str, Any]:
         _only(request.query_params)
         fields, picture = await forms.read(request)
-        job = await run_in_threadpool(service.create, fields, picture)
+        client = client_of(
+            request.client.host if request.client else None,
+            request.headers.getlist("x-forwarded-for"),
+            service.config.proxy,
+        )
+        job = await run_in_threadpool(service.create, fields, picture, client=client)
         return service.view(job)
 
     @app.delete("/v1/videos/{name}", summary="Cancel and remove a video")
     def remove(name: str, request: Request) -> dict[str, Any]:
         _only(request.query_params)
         service.find(name)
-        service.workers.remove(name)
+        with _storage_refusals():
+            service.workers.remove(name)
         return {"id": name, "object": "video.deleted", "deleted": True}
 
 
@@ -225,8 +249,10 @@ def _add_reading(app: Any, service: Service) -> None:
         job = service.find(name)
         if job.status != jobs.COMPLETED:
             raise Refusal("not_ready", f"the video is {job.status}; there is no content")
+        path = service.store.path(name, jobs.VIDEO)
         return FileResponse(
-            service.store.path(name, jobs.VIDEO),
+            path,
+            stat_result=_stat(path),
             media_type="video/mp4",
             filename=f"{safe_name(job.asked.prompt, job.order)}.mp4",
             content_disposition_type="inline",
@@ -239,7 +265,21 @@ def _add_reading(app: Any, service: Service) -> None:
         if not service.find(name).has_reference:
             raise Refusal("not_found", "the video was drawn without a picture")
         path = service.store.path(name, jobs.REFERENCE)
-        return FileResponse(path, media_type="image/png", filename=jobs.REFERENCE)
+        return FileResponse(
+            path, stat_result=_stat(path), media_type="image/png", filename=jobs.REFERENCE
+        )
+
+
+def _stat(path: Path) -> os.stat_result:
+    """What is sent, which may have been removed since its job was found.
+
+    Raises:
+        Refusal: it is not there.
+    """
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise Refusal("not_found", "the file is gone from the server's disk") from None
 
 
 def _add_operations(app: Any, service: Service, shield: Shield) -> None:

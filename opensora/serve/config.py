@@ -31,6 +31,12 @@ class ServeConfig(Config):
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     output: Path = Field(default=Path("outputs/serve"), description="folder of jobs and videos")
     queue: int = Field(default=8, ge=1, le=10_000, description="jobs that may wait; more get 429")
+    queue_per_client: int | None = Field(
+        default=None, ge=1, description="jobs of one address that may wait; no bound of its own"
+    )
+    proxy: ipaddress.IPv4Address | ipaddress.IPv6Address | None = Field(
+        default=None, description="the proxy in front, whose X-Forwarded-For is believed"
+    )
     keep: int = Field(default=200, ge=1, description="finished jobs kept; the oldest are removed")
     max_prompt: int = Field(default=2000, ge=1, description="characters of a prompt")
     max_steps: int = Field(default=100, ge=1, description="sampling steps")
@@ -47,6 +53,9 @@ class ServeConfig(Config):
     max_body: int = Field(default=12 * 2**20, ge=1024, description="bytes of a request's body")
     max_reference_pixels: int = Field(
         default=4096 * 4096, ge=1, description="pixels of an uploaded picture"
+    )
+    head_seconds: float = Field(
+        default=10.0, gt=0, description="the head of a request must have come by then"
     )
     body_seconds: float = Field(default=30.0, gt=0, description="a body must have come by then")
     decode_seconds: float = Field(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora import disk
-from opensora.errors import UsageError
+from opensora.errors import StorageError, UsageError
 from opensora.infer.pipeline import Shape
 from opensora.serve.request import Asked
 
@@ -46,7 +46,7 @@ class Job:
         order: position among all jobs of the folder; times may be equal.
         step: denoising steps that are done.
         attempts: how often drawing it began and was not ended by an orderly stop.
-        weights: fingerprint of the checkpoint that drew it.
+        weights, model, checkpoint: what drew it: fingerprint, id, and path as it was typed.
         error: code and message of a job that failed.
     """
 
@@ -60,6 +60,8 @@ class Job:
     has_reference: bool = False
     completed_at: int | None = None
     weights: str = ""
+    model: str = ""
+    checkpoint: str = ""
     error: dict[str, str] | None = None
 
     @property
@@ -180,12 +182,15 @@ class Store:
             return sorted(self._jobs.values(), key=lambda job: job.order)
 
     def remove(self, name: str) -> Job | None:
-        """Take a job and its files away; returns what it was."""
+        """Take a job and its files away; returns what it was.
+
+        Raises:
+            StorageError: the disk refuses; the job stays.
+        """
         with self._guard:
-            job = self._jobs.pop(name, None)
-            if job is not None:
-                self._clear(name)
-            return job
+            if name in self._jobs:
+                self._erase(name)
+            return self._jobs.pop(name, None)
 
     def discard(self, name: str) -> None:
         """Clear what was written for a job after it had been removed."""
@@ -207,15 +212,20 @@ class Store:
         assert file in (RECORD, VIDEO, REFERENCE)
         return self.folder / name / file
 
-    def _clear(self, name: str) -> None:
+    def _erase(self, name: str) -> None:
         """The record goes first: a job that is half removed is none."""
         folder = self.folder / name
-        with suppress(OSError):
+        with suppress(FileNotFoundError), disk.storage_errors(folder):
             self.path(name, RECORD).unlink(missing_ok=True)
             for path in folder.iterdir():
                 if path.name in (VIDEO, REFERENCE) or _TEMPORARY.fullmatch(path.name):
                     path.unlink(missing_ok=True)
+        with suppress(OSError):  # whoever writes into it now clears the rest
             folder.rmdir()
+
+    def _clear(self, name: str) -> None:
+        with suppress(OSError, StorageError):
+            self._erase(name)
 
     def _read(self) -> None:
         for leftover in self.folder.glob(".*"):

@@ -4,8 +4,9 @@
   const at = (id) => document.getElementById(id);
   const ask = at("ask"), key = at("key"), gallery = at("gallery"), more = at("more");
   const cards = new Map(); // id -> {job, node, show}
-  const PAGE = 24, SOON = 700, LATER = 10000;
-  let shown = PAGE, timer = 0, token = sessionStorage.getItem("opensora-token") || "";
+  const PAGE = 24, SOON = 700, AWAY = 2000, LATER = 10000;
+  let shown = PAGE, timer = 0, turn = 0, greeted = false, away = false;
+  let token = sessionStorage.getItem("opensora-token") || "";
 
   const make = (parent, name, text = "", className = "") => {
     const node = parent.appendChild(document.createElement(name));
@@ -15,7 +16,8 @@
   };
   const call = async (path, options = {}) => {
     const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
-    const answer = await fetch(path, { ...options, headers, credentials: "omit" });
+    const answer = await fetch(path, { ...options, headers, credentials: "omit" })
+      .catch(() => { throw new Error("the server does not answer"); });
     if (answer.ok) return answer;
     const told = await answer.json().then((body) => body.error, () => null);
     if (answer.status === 401) key.hidden = false;
@@ -65,8 +67,9 @@
     const leave = deed(deeds, "cancel", async () => {
       await call(`/v1/videos/${job.id}`, { method: "DELETE" }).catch((error) => { if (error.status !== 404) throw error; });
       drop(job.id);
+      await refresh();
     });
-    let done = false;
+    let done = false, link = null;
     const show = (now) => {
       const [title, detail] = state(now), open = now.status === "queued" || now.status === "in_progress";
       big.textContent = title;
@@ -82,9 +85,13 @@
         const video = document.createElement("video");
         Object.assign(video, { src: url, muted: true, loop: true, autoplay: true, controls: Number(width) > 200, playsInline: true });
         if (Number(width) < 200) video.className = "pixelated";
+        video.addEventListener("error", () => {
+          stage.replaceChildren(words, bar);
+          small.textContent = "the video did not come; it is asked for again";
+          done = false;
+        });
         stage.replaceChildren(video);
-        stage.style.aspectRatio = "";
-        const link = make(deeds, "a", "mp4");
+        link ||= make(deeds, "a", "mp4");
         link.href = url;
         link.download = `${now.id}.mp4`;
       }).catch((error) => { small.textContent = error.message; done = false; });
@@ -114,9 +121,14 @@
   };
   const refresh = async () => {
     clearTimeout(timer);
+    const own = ++turn; // an answer that a newer question has overtaken is not shown
     let wait = LATER;
     try {
+      if (!greeted) await greet();
       const found = await list(), ids = new Set(found.map((job) => job.id));
+      if (own !== turn) return;
+      if (away) say(null);
+      away = false;
       for (const id of [...cards.keys()]) if (!ids.has(id)) drop(id);
       found.forEach((job, index) => {
         const card = cards.get(job.id) || create(job);
@@ -127,10 +139,13 @@
       });
       at("empty").hidden = found.length > 0;
     } catch (error) {
+      if (own !== turn) return;
       if (error.status !== 401 || token) say(error);
       if (error.status === 401) return;
+      away = true;
+      greeted = false;
+      wait = AWAY;
     }
-    clearTimeout(timer);
     timer = setTimeout(refresh, wait);
   };
 
@@ -144,27 +159,25 @@
   const greet = async () => {
     const model = (await (await call("/v1/models")).json()).data[0];
     const { defaults, bounds, multiples } = model, fields = ask.elements;
+    const most = bounds.num_frames - (bounds.num_frames - 1) % multiples.num_frames;
     document.title = `${model.id} · opensora`;
     at("model").textContent = model.id;
     at("about").textContent = `Trained on ${defaults.num_frames} frames of ${defaults.size} at ${defaults.fps} a second. ` +
-      `Sides are multiples of ${multiples.width} and ${multiples.height}, frames one more than a multiple of ${multiples.num_frames}; up to ${bounds.num_frames} frames and ${bounds.steps} steps.`;
+      `Sides are multiples of ${multiples.width} and ${multiples.height}, frames one more than a multiple of ${multiples.num_frames}; up to ${most} frames and ${bounds.steps} steps.`;
     for (const [name, value] of Object.entries(defaults)) if (!fields[name].value) fields[name].value = value;
-    fields.num_frames.max = bounds.num_frames;
+    fields.num_frames.max = most;
     fields.num_frames.step = multiples.num_frames;
     fields.steps.max = bounds.steps;
     fields.guidance_scale.max = bounds.guidance_scale;
     fields.fps.max = bounds.fps;
     fields.prompt.maxLength = bounds.prompt;
-    key.hidden = true;
+    key.hidden = greeted = true;
   };
   const body = () => {
     const form = new FormData(), picture = ask.elements.input_reference.files[0];
     for (const input of ask.elements) if (input.name && input.type !== "file" && input.value !== "") form.append(input.name, input.value);
     if (picture) form.append("input_reference", picture);
     return form;
-  };
-  const begin = async () => {
-    try { await greet(); await refresh(); } catch (error) { if (error.status !== 401 || token) say(error); }
   };
   ask.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -186,8 +199,9 @@
     sessionStorage.setItem("opensora-token", token);
     at("token").value = "";
     say(null);
-    begin();
+    greeted = false;
+    refresh();
   });
   more.addEventListener("click", () => { shown += PAGE; refresh(); });
-  begin();
+  refresh();
 })();

@@ -27,6 +27,7 @@ CODES = {
     "model_not_found": 422,
     "out_of_bounds": 422,
     "queue_full": 429,
+    "client_queue_full": 429,
     "busy": 429,
     "internal": 500,
     "stopping": 503,

@@ -6,6 +6,7 @@ is not finished waits in the output folder for the next start.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from contextlib import suppress
@@ -51,6 +52,23 @@ def run(service: Service, opened: socket.socket, *, token: str | None) -> int:
     Raises:
         UsageError: others can reach the host and there is no token.
     """
+    server = prepare(service, token=token)
+    # uvicorn raises the signal that stopped it once more when it is done.
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[opened])
+    service.store.close()
+    left = sum(job.is_open for job in service.store.jobs())
+    if left:
+        log.warning("%d jobs wait; the same command goes on with them", left)
+    return Preempted.exit_code if left else 0
+
+
+def prepare(service: Service, *, token: str | None) -> Any:
+    """The `uvicorn.Server` of a service.
+
+    Raises:
+        UsageError: others can reach the host and there is no token.
+    """
     require("uvicorn", extra="serve", purpose="the HTTP service")
     import uvicorn
 
@@ -62,18 +80,48 @@ def run(service: Service, opened: socket.socket, *, token: str | None) -> int:
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        http="h11",
+        http=_protocol(service.config.head_seconds),
         ws="none",
         lifespan="on",
         limit_concurrency=service.config.connections,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
-    # uvicorn raises the signal that stopped it once more when it is done.
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(settings).run(sockets=[opened])
-    service.store.close()
-    left = sum(job.is_open for job in service.store.jobs())
-    if left:
-        log.warning("%d jobs wait; the same command goes on with them", left)
-    return Preempted.exit_code if left else 0
+    return uvicorn.Server(settings)
+
+
+def _protocol(head_seconds: float) -> Any:
+    """uvicorn's HTTP/1.1 with a bound that it lacks: how long the head of a request may take.
+
+    Else connections that say nothing, or never end a head, would hold every place for ever.
+    """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Bounded(H11Protocol):
+        _watch: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._expect_a_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._expect_a_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _expect_a_head(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._forget()
+            elif self._watch is None:
+                self._watch = self.loop.call_later(head_seconds, self.transport.close)
+
+        def _forget(self) -> None:
+            if self._watch is not None:
+                self._watch.cancel()
+                self._watch = None
+
+    return Bounded

@@ -24,6 +24,8 @@ from opensora.serve.refusals import Refusal, quoted
 PARAM = "input_reference"
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")
 _one_at_a_time = threading.Lock()
+_places = threading.BoundedSemaphore(4)
+"""Uploads that are decoded or wait for it; each holds a thread that other requests need too."""
 
 
 def looks_like_a_picture(content: bytes) -> bool:
@@ -43,11 +45,14 @@ def decoded(content: bytes, folder: Path, config: ServeConfig) -> Iterator[Path]
         raise Refusal(
             "invalid_picture", "`input_reference` is no png, jpeg, webp or bmp", param=PARAM
         )
+    busy = Refusal("busy", "other pictures are being decoded; ask again", retry_after=5)
+    if not _places.acquire(blocking=False):
+        raise busy
     token = secrets.token_hex(8)
     upload, picture = folder / f".{token}.tmp", folder / f".{token}.png"
-    if not _one_at_a_time.acquire(timeout=config.decode_seconds):
-        raise Refusal("busy", "other pictures are being decoded; ask again", retry_after=5)
     try:
+        if not _one_at_a_time.acquire(timeout=config.decode_seconds):
+            raise busy
         try:
             with disk.storage_errors(upload):
                 upload.write_bytes(content)
@@ -56,6 +61,7 @@ def decoded(content: bytes, folder: Path, config: ServeConfig) -> Iterator[Path]
             _one_at_a_time.release()
         yield picture
     finally:
+        _places.release()
         upload.unlink(missing_ok=True)
         picture.unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ def video(job: Job, *, model: str, checkpoint: str, position: int | None) -> dic
     """A job.
 
     Args:
+        model, checkpoint: that are served; a completed job keeps those that drew it.
         position: how many others are drawn first, where it waits.
     """
     asked, shape = job.asked, job.asked.shape
@@ -25,7 +26,7 @@ def video(job: Job, *, model: str, checkpoint: str, position: int | None) -> dic
     return {
         "id": job.id,
         "object": "video",
-        "model": model,
+        "model": job.model or model,
         "status": job.status,
         "progress": 100 if done else 100 * job.step // (asked.steps + 1),
         "step": asked.steps if done else job.step,
@@ -43,7 +44,7 @@ def video(job: Job, *, model: str, checkpoint: str, position: int | None) -> dic
         "seconds": f"{shape.num_frames / shape.fps:.6g}",
         "has_input_reference": job.has_reference,
         "weights": job.weights,
-        "command": command(job, checkpoint),
+        "command": command(job, job.checkpoint or checkpoint),
         "error": job.error,
     }
 

@@ -10,9 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,13 +61,26 @@ class Workers:
     Args:
         pipelines: one a device; each has a thread of its own.
         capacity: jobs that may wait.
+        per_client: of them, jobs of one client.
+        model, checkpoint: what a completed job records of what drew it.
     """
 
-    def __init__(self, store: Store, pipelines: Sequence[VideoPipeline], *, capacity: int):
-        self.store, self.capacity, self.counts = store, capacity, Counts()
+    def __init__(
+        self,
+        store: Store,
+        pipelines: Sequence[VideoPipeline],
+        *,
+        capacity: int,
+        per_client: int | None = None,
+        model: str = "",
+        checkpoint: str = "",
+    ):
+        self.store, self.capacity, self.per_client = store, capacity, per_client
+        self.counts, self._model, self._checkpoint = Counts(), model, checkpoint
         self._pipelines = list(pipelines)
         # What the last server left waits too, and beyond the capacity if it was larger then.
-        self._waiting = deque(job.id for job in store.jobs() if job.is_open)
+        # Who asked for them is not on the disk: they count for nobody.
+        self._waiting: dict[str, str | None] = {job.id: None for job in store.jobs() if job.is_open}
         self._change = threading.Condition()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -105,8 +116,11 @@ class Workers:
         """Whether every thread lives."""
         return bool(self._threads) and all(thread.is_alive() for thread in self._threads)
 
-    def refuse_if_full(self) -> None:
+    def refuse_if_full(self, client: str | None = None) -> None:
         """Refuse before the work of reading a request is done.
+
+        Args:
+            client: as `clients.client_of` has it; None is not bounded by itself.
 
         Raises:
             Refusal: no more jobs are taken, or none now.
@@ -119,8 +133,18 @@ class Workers:
                 f"{self.capacity} jobs wait already; ask again later",
                 retry_after=self._estimate(),
             )
+        if self.per_client is None or client is None:
+            return
+        with self._change:
+            places = [place for place, who in enumerate(self._waiting.values()) if who == client]
+        if len(places) >= self.per_client:
+            raise Refusal(
+                "client_queue_full",
+                f"{len(places)} jobs from your address wait already; ask again later",
+                retry_after=self._estimate(places[0]),
+            )
 
-    def submit(self, asked: Asked, reference: Any = None) -> Job:
+    def submit(self, asked: Asked, reference: Any = None, *, client: str | None = None) -> Job:
         """Queue a job; `reference` is the path of a picture that becomes the job's.
 
         Raises:
@@ -128,18 +152,21 @@ class Workers:
             StorageError: the disk refuses the record.
         """
         with self._change:
-            self.refuse_if_full()
+            self.refuse_if_full(client)
             job = self.store.create(asked, reference)
-            self._waiting.append(job.id)
+            self._waiting[job.id] = client
             self._change.notify()
             return job
 
     def remove(self, name: str) -> Job | None:
-        """Cancel and remove a job: what waits is taken out, what runs ends before its next step."""
+        """Cancel and remove a job: what waits is taken out, what runs ends before its next step.
+
+        Raises:
+            StorageError: the disk refuses; the job stays.
+        """
         with self._change:
-            with suppress(ValueError):
-                self._waiting.remove(name)
             job = self.store.remove(name)
+            self._waiting.pop(name, None)
             if job is not None and job.is_open:
                 self.counts.finished["cancelled"] += 1
             return job
@@ -147,13 +174,13 @@ class Workers:
     def position(self, name: str) -> int | None:
         """How many jobs are drawn before a waiting one begins."""
         with self._change:
-            return self._waiting.index(name) if name in self._waiting else None
+            return list(self._waiting).index(name) if name in self._waiting else None
 
-    def _estimate(self) -> int:
-        """Seconds until a place is likely to be free."""
+    def _estimate(self, place: int = 0) -> int:
+        """Seconds until the job at a place of the queue is likely to be begun."""
         done = self.counts.finished["completed"]
         mean = self.counts.seconds / done if done else _UNMEASURED_SECONDS
-        return min(3600, max(1, math.ceil(mean / len(self._pipelines))))
+        return min(3600, max(1, math.ceil(mean * (place + 1) / len(self._pipelines))))
 
     def _run(self, pipeline: VideoPipeline) -> None:
         while True:
@@ -162,7 +189,8 @@ class Workers:
                     self._change.wait()
                 if self._stopping:
                     return
-                name = self._waiting.popleft()
+                name = next(iter(self._waiting))
+                del self._waiting[name]
             try:
                 self._draw(pipeline, name)
             except _Stopping:
@@ -196,6 +224,8 @@ class Workers:
                 status=jobs.COMPLETED,
                 completed_at=int(time.time()),
                 weights=pipeline.fingerprint,
+                model=self._model,
+                checkpoint=self._checkpoint,
             )
             if done is not None:
                 self.counts.finished["completed"] += 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import weakref
 from contextlib import contextmanager
@@ -15,12 +19,15 @@ import pytest
 
 from opensora.errors import UsageError
 from opensora.infer.pipeline import Sample, Shape
+from opensora.serve import server
 from opensora.serve.api import Service, build
 from opensora.serve.config import ServeConfig
 from opensora.serve.jobs import Store
 from tests.infer.conftest import build_pipeline
 
 TOKEN = "a-token-of-the-tests"
+PATIENCE = 180.0
+"""Seconds that a process on a busy machine may take to answer, or to end."""
 
 
 @dataclass
@@ -104,9 +111,59 @@ def serving(folder: Path, *pipelines, token=None, started=True, **settings):
         store.close()
 
 
-def client(service, *, token=None, app=None) -> httpx.AsyncClient:
-    """Speaks to the application without a socket."""
-    transport = httpx.ASGITransport(app or build(service, token=service.token))
+@contextmanager
+def listening(service, port=0):
+    """The address of a service that is not started yet, on a socket; both end with the block."""
+    opened = server.listen(ServeConfig(port=port))
+    runs = server.prepare(service, token=service.token)
+    thread = threading.Thread(target=runs.run, kwargs={"sockets": [opened]})
+    thread.start()
+    try:
+        yield server.address(opened)
+    finally:
+        runs.should_exit = True
+        while not service.workers._stopping:
+            thread.join(0.01)
+        for pipeline in service.pipelines:
+            if isinstance(pipeline, Paced):
+                pipeline.steps.release(1)  # the step that runs ends; the next is not begun
+        thread.join(PATIENCE)
+        opened.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def start(world, tmp_path):
+    """Starts servers on the tiny checkpoint; returns the process and its address."""
+    started = []
+
+    def begin(*options):
+        command = [sys.executable, "-m", "opensora", "serve", str(world.generator), "--port", "0"]
+        command += ["--device", "cpu", "--output", str(tmp_path / "out"), *options]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENSORA_SERVE_TOKEN": ""},
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout is not None
+        limit = threading.Timer(PATIENCE, process.kill)  # which ends the line, too
+        limit.start()
+        line = process.stdout.readline()
+        limit.cancel()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, f"no address in {line!r} within {PATIENCE:.0f} s"
+        return process, found[0]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def client(service, *, token=None, app=None, address="127.0.0.1") -> httpx.AsyncClient:
+    """Speaks to the application without a socket, from an address."""
+    app = app or build(service, token=service.token)
+    transport = httpx.ASGITransport(app, client=(address, 1234))
     headers = {"authorization": f"Bearer {token}"} if token else {}
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers)
 

@@ -345,8 +345,11 @@ def test_a_body_in_pieces_is_bounded_as_one_that_says_its_length(tmp_path):
 
     async def ask():
         with serving(tmp_path / "out", Paced(), started=False, max_body=4096) as service:
+            before = everything(tmp_path)
             async with client(service) as http:
-                return await http.post("/v1/videos", content=endless(), headers=JSON), service
+                answer = await http.post("/v1/videos", content=endless(), headers=JSON)
+            assert everything(tmp_path) == before
+            return answer, service
 
     answer, service = asyncio.run(ask())
     assert "content-length" not in answer.request.headers
@@ -360,7 +363,7 @@ def test_a_picture_that_no_job_takes_is_removed(tmp_path):
 
     async def ask():
         with serving(tmp_path / "out", Paced(), started=False, queue=1) as service:
-            service.workers.refuse_if_full = lambda: None  # as if others came in between
+            service.workers.refuse_if_full = lambda *_: None  # as if others came in between
             service.workers.submit = refuse
             before = everything(tmp_path / "out")
             async with client(service) as http:
@@ -369,7 +372,7 @@ def test_a_picture_that_no_job_takes_is_removed(tmp_path):
                 )
             return answer, before
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise Refusal("queue_full", "full", retry_after=1)
 
     answer, before = asyncio.run(ask())

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 
 import httpx
@@ -19,35 +15,7 @@ from opensora.cli.main import invoke
 from opensora.errors import UsageError
 from opensora.serve import server
 from opensora.serve.config import ServeConfig, read_token
-from tests.serve.conftest import TOKEN
-
-PATIENCE = 180.0
-"""Seconds that a process on a busy machine may take to answer, or to end."""
-
-
-@pytest.fixture
-def start(world, tmp_path):
-    """Starts servers on the tiny checkpoint; returns the process and its address."""
-    started = []
-
-    def begin(*options):
-        command = [sys.executable, "-m", "opensora", "serve", str(world.generator), "--port", "0"]
-        command += ["--device", "cpu", "--output", str(tmp_path / "out"), *options]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENSORA_SERVE_TOKEN": ""},
-        )  # fmt: skip
-        started.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line
-        return process, found[0]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+from tests.serve.conftest import PATIENCE, TOKEN
 
 
 def wait_for(http, name, done):
