@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,18 @@ class Ranks:
 
     Args:
         fault: `kind:rank:step` of tools/chaos_rank.py.
+        prepare: is called in every rank before the command.
     """
 
-    def __init__(self, arguments: list[str], folder: Path, *, count: int = 2, fault: str = ""):
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        *,
+        count: int = 2,
+        fault: str = "",
+        prepare: Callable[[], None] | None = None,
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -52,7 +62,9 @@ class Ranks:
         self.processes = []
         for rank, log in enumerate(self.logs):
             variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(target=_rank, args=(arguments, variables, log, fault))
+            process = _context.Process(
+                target=_rank, args=(arguments, variables, log, fault, prepare)
+            )
             process.start()
             self.processes.append(process)
 
@@ -80,7 +92,13 @@ class Ranks:
         return self.logs[rank].read_text() if self.logs[rank].exists() else ""
 
 
-def _rank(arguments: list[str], variables: dict[str, str], log: Path, fault: str) -> None:
+def _rank(
+    arguments: list[str],
+    variables: dict[str, str],
+    log: Path,
+    fault: str,
+    prepare: Callable[[], None] | None,
+) -> None:
     import torch
 
     os.environ.update(variables)
@@ -95,6 +113,8 @@ def _rank(arguments: list[str], variables: dict[str, str], log: Path, fault: str
         import chaos_rank
 
         chaos_rank.inject(kind, int(step))
+    if prepare is not None:
+        prepare()
     from opensora.cli.main import main
 
     main(arguments)
