@@ -75,7 +75,7 @@ def test_every_skipped_dimension_says_what_it_needs_and_where(tmp_path, standard
     assert "weights_dir, which is not set, or download=true" in skipped["subject_consistency"]
     assert "raft-things.pth (21 MB" in skipped["dynamic_degree"]
     assert "download" not in skipped["dynamic_degree"]
-    assert "needs the package vbench with grit_b" in skipped["object_class"]
+    assert "needs VBench's own package with grit_b" in skipped["object_class"]
     assert "has no package vbench" in skipped["object_class"]
     empty = tmp_path / "weights"
     empty.mkdir()
