@@ -113,6 +113,15 @@ def test_still_pictures_are_called_out(tmp_path, fill, caplog):
     assert not any("still" in text for text in scores["settings"]["warnings"])
 
 
+def test_long_videos_are_called_out_also_when_nothing_is_measured_again(tmp_path, fill):
+    folder = fill(tmp_path / "v", {"a.mp4": slide(10, 32, 48, 4), "b.mp4": slide(9, 32, 48, 4)}, 2)
+    for _ in range(2):
+        scores = judge(Subject(videos=folder), tmp_path / "out", mode="custom")
+        text = " ".join(scores["settings"]["warnings"])
+        assert "1 of 2 videos last 5 seconds or more ('a.mp4' 5.0)" in text
+        assert "VBench-Long" in text
+
+
 def test_stills_that_were_asked_for_are_no_trap(tmp_path, standard):
     scores = judge(Subject(videos=standard), tmp_path / "out")
     assert not any("still pictures" in text for text in scores["settings"]["warnings"])
