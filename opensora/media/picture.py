@@ -51,3 +51,11 @@ def read_picture(path: str | os.PathLike[str], *, limits: Limits = _DEFAULT_LIMI
         raise DataError(f"'{path}' cannot be read as a picture: {error}") from None
     ground = Image.new("RGBA", upright.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(ground, upright).convert("RGB"))
+
+
+def resize_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3) at another size: PIL's bicubic, antialiased, rounded and clipped."""
+    from PIL import Image
+
+    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -101,8 +102,14 @@ class I2VConfig(DrawingConfig):
 
     pictures: str | None = Field(
         default=None,
-        description="folder of the benchmark's pictures, from which a model's videos begin",
+        description="folder of the benchmark's pictures, from which a model's videos begin and "
+        "with which i2v_subject compares",
     )
+
+    @property
+    def pictures_dir(self) -> Path | None:
+        """`pictures` as a path."""
+        return Path(self.pictures).expanduser() if self.pictures is not None else None
 
     @model_validator(mode="after")
     def _known(self) -> I2VConfig:
@@ -110,7 +117,7 @@ class I2VConfig(DrawingConfig):
         return self
 
 
-DRAWING = frozenset({*DrawingConfig.model_fields, "rewritten", "pictures"}) - frozenset(
+DRAWING = frozenset({*DrawingConfig.model_fields, "rewritten"}) - frozenset(
     JudgingConfig.model_fields
 )
 """Settings that mean nothing for finished videos."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from opensora.evaluate.vbench.measures import Measured
 from opensora.evaluate.vbench.prompts import Version
 from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.weights import Shelf, Weights
+from opensora.media.picture import read_picture
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Footage:
 
     Attributes:
         frames: uint8 (F, H, W, 3).
-        about: of the prompt's entry, such as {"appearance_style": "oil painting"}.
+        about: of the prompt's entry, such as {"appearance_style": "oil painting"}; for dimensions
+            that take a picture {"picture": its path}.
     """
 
     frames: np.ndarray
@@ -47,6 +50,7 @@ class Dimension:
         upstream: what upstream needs besides its package, for the message of a skipped dimension.
         by_prompt: whether the prompt or its notes decide the score, so that videos of any names
             cannot be judged.
+        picture: whether `measure` reads the picture that the entry names.
     """
 
     tier: Literal["A", "B", "C", "D"]
@@ -54,17 +58,30 @@ class Dimension:
     weights: tuple[Weights, ...] = ()
     upstream: str = ""
     by_prompt: bool = False
+    picture: bool = False
 
-    def lacking(self, shelf: Shelf) -> str | None:
-        """Why it cannot be measured here, in words; None where it can."""
+    def lacking(self, shelf: Shelf, pictures: Path | None = None) -> str | None:
+        """Why it cannot be measured here, in words; None where it can.
+
+        Args:
+            pictures: the folder of the benchmark's pictures.
+        """
         if self.measure is None:
-            return f"needs the package vbench with {self.upstream}: set upstream.python"
+            return f"needs VBench's own package with {self.upstream}: set upstream.python"
         reasons = [reason for w in self.weights if (reason := shelf.lacking(w)) is not None]
+        if self.picture and pictures is None:
+            reasons.append("needs VBench-I2V's pictures: set pictures to their folder")
         return "; ".join(reasons) or None
 
 
 def _subject(video: Footage, tools: Tools) -> Measured:
     return measures.consistency(tools.dino(video.frames))
+
+
+def _likeness(video: Footage, tools: Tools) -> Measured:
+    picture = read_picture(video.about["picture"])
+    features = tools.dino(picture[None], transforms.picture_for_likeness)[0]
+    return measures.likeness(features, tools.dino(video.frames, transforms.for_likeness))
 
 
 def _background(video: Footage, tools: Tools) -> Measured:
@@ -102,6 +119,8 @@ IMAGING = Dimension("C", upstream="musiq_spaq_ckpt-358bb6af.pth (github.com/chao
 _GRIT = "grit_b_densecap_objectdet.pth (huggingface.co/OpenGVLab/VBench_Used_Models) and detectron2"
 _VICLIP = "ViClip-InternVid-10M-FLT.pth (huggingface.co/OpenGVLab/VBench_Used_Models)"
 _UMT = "l16_ptk710_ftk710_ftk400_f16_res224.pth (huggingface.co/OpenGVLab/VBench_Used_Models)"
+_DREAMSIM = "DreamSim (three ViT-B/16, about 1000 MB, package dreamsim)"
+_COTRACKER = "cotracker2 (github.com/facebookresearch/co-tracker)"
 _TAG2TEXT = "tag2text_swin_14m.pth (huggingface.co/spaces/xinyu1205/recognize-anything)"
 
 DIMENSIONS: dict[Version, dict[str, Dimension]] = {
@@ -131,13 +150,9 @@ DIMENSIONS: dict[Version, dict[str, Dimension]] = {
         "dynamic_degree": DYNAMIC,
         "aesthetic_quality": AESTHETIC,
         "imaging_quality": IMAGING,
-        "i2v_subject": Dimension(
-            "C", upstream="dino_vitb16 (github.com/facebookresearch/dino)", by_prompt=True
-        ),
-        "i2v_background": Dimension("C", upstream="DreamSim (package dreamsim)", by_prompt=True),
-        "camera_motion": Dimension(
-            "C", upstream="CoTracker 2 (github.com/facebookresearch/co-tracker)", by_prompt=True
-        ),
+        "i2v_subject": Dimension("B", _likeness, (weights.DINO,), by_prompt=True, picture=True),
+        "i2v_background": Dimension("C", upstream=_DREAMSIM, by_prompt=True),
+        "camera_motion": Dimension("C", upstream=_COTRACKER, by_prompt=True),
     },
 }
 """Version -> dimension -> what it needs. The order is VBench's."""

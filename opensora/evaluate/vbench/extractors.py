@@ -47,11 +47,11 @@ class Dino:
         return self.model.config.patch_size
 
     @torch.no_grad()
-    def __call__(self, frames: np.ndarray) -> Tensor:
+    def __call__(self, frames: np.ndarray, transform: Transform = transforms.for_dino) -> Tensor:
         """float32 (F, D) on the CPU of uint8 (F, H, W, 3)."""
         found = []
         for part in _batches(frames):
-            pixels = transforms.for_dino(part, self.model.config.image_size).to(self.device)
+            pixels = transform(part, self.model.config.image_size).to(self.device)
             output = self.model(pixel_values=pixels, interpolate_pos_encoding=True)
             found.append(output.last_hidden_state[:, 0].float().cpu())
         return torch.cat(found)

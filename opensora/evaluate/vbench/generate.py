@@ -78,10 +78,10 @@ def _beginnings(
     """Prompt -> the picture that its videos begin with."""
     begins = {}
     for entry in known:
-        name = entry.raw.get("image_name")
+        name = entry.picture
         if entry.prompt not in counts or entry.prompt in begins:
             continue
-        if not isinstance(name, str) or not (folder / name).is_file():
+        if name is None or not (folder / name).is_file():
             raise DataError(
                 f"the picture '{name}' of '{entry.prompt}' is not in {folder}: get VBench-I2V's "
                 "pictures (its download_data.sh) and name the folder of the right proportions"

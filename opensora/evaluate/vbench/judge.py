@@ -21,6 +21,9 @@ from opensora.types import Clip
 
 MOTION, SMOOTHNESS = "proxy.motion", "proxy.smoothness"
 PROXIES = {MOTION: proxies.motion, SMOOTHNESS: proxies.smoothness}
+LENGTH = "seconds"
+"""What is written down of every video besides, because long ones belong to another benchmark."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -45,7 +48,7 @@ class Judgement:
     """What was measured.
 
     Attributes:
-        rows: dimension (or proxy) -> rows in the order of its tasks.
+        rows: dimension (or proxy, or LENGTH) -> rows in the order of its tasks.
         unusable: (file, dimension or '' for all of them, reason).
     """
 
@@ -96,8 +99,8 @@ class Judge:
         found: list[tuple[str, int, Row]] = []
         unusable: list[tuple[str, str, str]] = []
         for number, (order, wanted) in enumerate(mine):
-            asked = [one for one in wanted if one[0] in self.table]
-            asked += [(name, order, Task(wanted[0][2].video)) for name in self.proxies]
+            about = [(name, order, Task(wanted[0][2].video)) for name in (LENGTH, *self.proxies)]
+            asked = [*about, *(one for one in wanted if one[0] in self.table)]
             try:
                 self._video(asked, found, unusable)
             except DataError as error:
@@ -139,6 +142,8 @@ class Judge:
         return self.ledger.key(task.video.path, name, weights, task.about)
 
     def _measure(self, name: str, clip: Clip, task: Task) -> Measured:
+        if name == LENGTH:
+            return Measured(len(clip.frames) / clip.fps)
         if name in self.proxies:
             return Measured(self.proxies[name](clip.frames))
         measure = self.table[name].measure

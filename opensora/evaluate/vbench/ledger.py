@@ -17,7 +17,7 @@ from opensora.evaluate.vbench.measures import Measured
 from opensora.evaluate.vbench.weights import Shelf, Weights
 
 FILE = "measures.jsonl"
-VERSION = 1
+VERSION = 2
 """Of the arithmetic; raised when a change of it moves scores."""
 
 

@@ -61,6 +61,27 @@ def consistency(features: Tensor) -> Measured:
     return Measured(float(scores.mean()), len(scores))
 
 
+def likeness(picture: Tensor, features: Tensor) -> Measured:
+    """i2v_subject: how like its picture a video is somewhere, and how alike its frames are.
+
+    0.4 (highest similarity of a frame to the picture) + 0.3 (mean similarity of neighbours)
+    + 0.3 (lowest similarity of neighbours); negative cosines count as 0. Read in
+    vbench2_beta_i2v/i2v_subject.py. Every video weighs the same.
+
+    Args:
+        picture: float (D,), DINO's features of the picture.
+        features: float (F, D) of the frames, F >= 2.
+
+    Raises:
+        DataError: a single frame has no neighbour.
+    """
+    _needs_two(len(features))
+    unit = normalize(features.double(), dim=-1)
+    to_picture = cosine_similarity(picture.double()[None], unit, dim=-1).clamp_min(0)
+    before = cosine_similarity(unit[:-1], unit[1:], dim=-1).clamp_min(0)
+    return Measured(float(0.4 * to_picture.max() + 0.3 * before.mean() + 0.3 * before.min()))
+
+
 def flickering(frames: np.ndarray) -> Measured:
     """temporal_flickering: 1 - (mean absolute difference of neighbouring frames) / 255.
 

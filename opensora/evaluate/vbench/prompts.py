@@ -44,6 +44,12 @@ class Entry:
     about: dict[str, dict[str, Any]]
     raw: dict[str, Any]
 
+    @property
+    def picture(self) -> str | None:
+        """The file name of the picture that its videos begin with; I2V's entries have one."""
+        name = self.raw.get("image_name")
+        return name if isinstance(name, str) else None
+
 
 def load(version: Version = "v1", path: str | Path | None = None) -> tuple[Entry, ...]:
     """The entries of a prompt file, in its order.

@@ -60,6 +60,15 @@ class Run:
         preflight(self.output)
         self.ledger = Ledger(self.output, shelf)
 
+    @property
+    def pictures(self) -> Path | None:
+        """The folder of I2V's pictures, where it is named."""
+        return self.config.pictures_dir if isinstance(self.config, I2VConfig) else None
+
+    def lacking(self, dimension: str) -> str | None:
+        """Why a dimension cannot be measured here; None where it can."""
+        return DIMENSIONS[self.version][dimension].lacking(self.tools.shelf, self.pictures)
+
     def stage(self, name: str) -> Any:
         """The progress of one stage, as a callable of (done, total)."""
         return partial(self.progress, name)
@@ -161,19 +170,17 @@ def _collect(one: Run, asked: Sequence[str]) -> tuple[Path, Collection]:
 def _jobs(one: Run, counts: dict[str, int]) -> list[Job]:
     """What to draw, with rewritten prompts or pictures where the config names them."""
     config = one.config
-    rewritten, pictures = None, None
+    rewritten = None
     if isinstance(config, VBenchConfig) and config.rewritten is not None:
         rewritten = prompts.read_rewritten(config.rewritten, one.known)
-    if isinstance(config, I2VConfig) and config.pictures is not None:
-        pictures = Path(config.pictures).expanduser()
-    return generate.jobs(one.known, counts, config.seed, rewritten=rewritten, pictures=pictures)
+    return generate.jobs(one.known, counts, config.seed, rewritten=rewritten, pictures=one.pictures)
 
 
 def _routes(one: Run, asked: Sequence[str]) -> tuple[list[str], list[str]]:
     """Dimensions that are measured here, and those that upstream is asked for."""
     here, there = [], []
     for name in asked:
-        lacking = DIMENSIONS[one.version][name].lacking(one.tools.shelf)
+        lacking = one.lacking(name)
         if lacking is None:
             here.append(name)
         elif one.upstream.lacking is None:
@@ -189,9 +196,28 @@ def _tasks(one: Run, asked: Sequence[str], found: Collection) -> dict[str, list[
         return {name: list(everything) for name in asked}
     samples = one.config.samples_per_prompt
     tasks = judge.tasks_of(one.entries, asked, found.videos, samples)
+    for name in asked:
+        if DIMENSIONS[one.version][name].picture and one.pictures is not None:
+            tasks[name] = _with_pictures(tasks[name], one.entries, one.pictures)
     # Of prompts for flickering all samples are candidates, until the filter has chosen.
     everything = judge.tasks_of(one.entries, ["temporal_flickering"], found.videos, 10**6)
     return tasks if "temporal_flickering" not in asked else tasks | everything
+
+
+def _with_pictures(
+    tasks: Sequence[judge.Task], entries: Sequence[Entry], folder: Path
+) -> list[judge.Task]:
+    """The same tasks with the pictures to compare with, and what tells a changed picture.
+
+    Whether a picture is there shows when it is read: one that is not costs its videos, not the run.
+    """
+    paths = {entry.prompt: folder / (entry.picture or "") for entry in entries}
+    about = {}
+    for prompt, path in paths.items():
+        facts = path.stat() if path.is_file() else None
+        version = [facts.st_size, facts.st_mtime_ns] if facts is not None else None
+        about[prompt] = {"picture": str(path), "version": version}
+    return [judge.Task(task.video, about[task.video.prompt]) for task in tasks]
 
 
 def _filter(one: Run, tasks: dict[str, list[judge.Task]]) -> None:
@@ -224,8 +250,7 @@ def _static_check(one: Run, candidates: Sequence[Video]) -> Any:
         return static.by_list(one.config.static_list, candidates)
     if one.config.mode == "custom":
         return None
-    lacking = DIMENSIONS[one.version]["dynamic_degree"].lacking(one.tools.shelf)
-    if lacking is not None or not static.large_enough(candidates):
+    if one.lacking("dynamic_degree") is not None or not static.large_enough(candidates):
         return None
     return static.by_flow(one.tools, one.ledger)
 

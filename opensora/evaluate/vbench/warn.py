@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opensora.evaluate.vbench.config import JudgingConfig, VBenchConfig
-from opensora.evaluate.vbench.judge import MOTION, Judgement, Task
+from opensora.evaluate.vbench.judge import LENGTH, MOTION, Judgement, Task
 from opensora.evaluate.vbench.prompts import READ_SAMPLES
 from opensora.evaluate.vbench.videos import Collection
 
@@ -16,6 +16,8 @@ STILL_MOTION = 0.5
 """A video whose fastest blocks move less than this many pixels a frame, at 256, is a still."""
 
 STILL_SHARE, LOW_DYNAMIC = 0.9, 0.05
+LONG = 5.0
+"""Seconds from which on a video is one of VBench-Long."""
 
 
 def warnings(
@@ -33,7 +35,7 @@ def warnings(
         scores: the groups found.
         unfiltered: whether temporal_flickering was measured without a static filter.
     """
-    found = [*_still(judged, scores, tasks), *_subset(config)]
+    found = [*_still(judged, scores, tasks), *_long(judged), *_subset(config)]
     if unfiltered:
         found.append(
             "temporal_flickering was measured without the static filter, so motion counts as "
@@ -75,6 +77,19 @@ def _still(
         share = np.mean(np.array(moves) < STILL_MOTION)
         return [f"still pictures: in {share:.0%} of the videos nothing moves; {trap}"]
     return []
+
+
+def _long(judged: Judgement) -> list[str]:
+    rows = judged.rows.get(LENGTH, [])
+    long = [row for row in rows if row.measured.value >= LONG]
+    if not long:
+        return []
+    name, seconds = long[0].video.path.name, long[0].measured.value
+    return [
+        f"{len(long)} of {len(rows)} videos last {LONG:g} seconds or more "
+        f"('{name}' {seconds:.1f}): published scores of such videos are VBench-Long's, which cuts "
+        "them into clips; do not compare these with them"
+    ]
 
 
 def _subset(config: JudgingConfig) -> list[str]:

@@ -1,5 +1,7 @@
 """Each dimension's arithmetic on features, frames and flows whose scores are known by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,16 @@ def test_videos_weigh_by_their_compared_frames():
     short, long = Measured(1.0, 1), Measured(0.0, 3)
     assert measures.mean([short, long]) == 0.25
     assert measures.mean([Measured(1.0), Measured(0.0)]) == 0.5
+
+
+def test_likeness_weighs_the_nearest_frame_the_mean_step_and_the_largest_step():
+    at = lambda degrees: math.cos(math.radians(degrees))  # noqa: E731
+    found = measures.likeness(turning(80)[0], turning(0, 10, 30, 60))
+    steps = [at(10), at(20), at(30)]
+    assert found.value == pytest.approx(0.4 * at(20) + 0.3 * np.mean(steps) + 0.3 * at(30))
+    assert found.weight == 1
+    opposite = measures.likeness(turning(180)[0], turning(0, 0))
+    assert opposite.value == pytest.approx(0.6), "a negative similarity counts as none"
 
 
 def test_flickering_is_the_mean_difference_of_neighbours():

@@ -75,7 +75,7 @@ def test_every_skipped_dimension_says_what_it_needs_and_where(tmp_path, standard
     assert "weights_dir, which is not set, or download=true" in skipped["subject_consistency"]
     assert "raft-things.pth (21 MB" in skipped["dynamic_degree"]
     assert "download" not in skipped["dynamic_degree"]
-    assert "needs the package vbench with grit_b" in skipped["object_class"]
+    assert "needs VBench's own package with grit_b" in skipped["object_class"]
     assert "has no package vbench" in skipped["object_class"]
     empty = tmp_path / "weights"
     empty.mkdir()
@@ -111,6 +111,15 @@ def test_still_pictures_are_called_out(tmp_path, fill, caplog):
     frames = {f"v{i}.mp4": slide(5, 32, 48, 4, seed=i) for i in range(3)}
     scores = judge(Subject(videos=fill(tmp_path / "go", frames)), tmp_path / "o2", mode="custom")
     assert not any("still" in text for text in scores["settings"]["warnings"])
+
+
+def test_long_videos_are_called_out_also_when_nothing_is_measured_again(tmp_path, fill):
+    folder = fill(tmp_path / "v", {"a.mp4": slide(10, 32, 48, 4), "b.mp4": slide(9, 32, 48, 4)}, 2)
+    for _ in range(2):
+        scores = judge(Subject(videos=folder), tmp_path / "out", mode="custom")
+        text = " ".join(scores["settings"]["warnings"])
+        assert "1 of 2 videos last 5 seconds or more ('a.mp4' 5.0)" in text
+        assert "VBench-Long" in text
 
 
 def test_stills_that_were_asked_for_are_no_trap(tmp_path, standard):
