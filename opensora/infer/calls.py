@@ -105,16 +105,12 @@ def settle(
     texts = [text for text in texts for _ in range(each)]
     words = texts if words is None else words[[k for k in range(len(words)) for _ in range(each)]]
     count = len(words)
-    negative: Words = _features(names["negative_prompt_embeds"]) if (
-        "negative_prompt_embeds" in names
-    ) else [negative_prompt] if isinstance(negative_prompt, str) else [
-        text for text in negative_prompt for _ in range(each)
-    ]  # fmt: skip
+    negative = _negative(negative_prompt, each, names)
     if len(negative) not in (1, count):
         raise UsageError(f"{count} videos need one negative prompt or as many, not {len(negative)}")
     if seeds is not None and "generator" in names:
         raise TypeError("a pipeline takes seeds or a generator, not both")
-    drawn = list(range(count)) if seeds is None else list(seeds)
+    drawn: list[Seed] = list(range(count)) if seeds is None else list(seeds)
     given = names.get("generator")
     if given is not None:
         drawn = [given] * count if isinstance(given, torch.Generator) else list(given)
@@ -154,6 +150,14 @@ def _told(prompts: str | Sequence[str] | None, names: Names) -> tuple[list[str],
     if "prompt_embeds" in names:
         return [], _features(names["prompt_embeds"])
     return ([said[0]] if isinstance(said[0], str) else list(said[0])), None
+
+
+def _negative(negative_prompt: str | Sequence[str], each: int, names: Names) -> Words:
+    if "negative_prompt_embeds" in names:
+        return _features(names["negative_prompt_embeds"])
+    if isinstance(negative_prompt, str):
+        return [negative_prompt]
+    return [text for text in negative_prompt for _ in range(each)]
 
 
 def _features(value: Condition | Tensor) -> Condition:

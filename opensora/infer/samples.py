@@ -141,6 +141,8 @@ def draw(
         settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
     if picture_first:
         settings["picture_first"] = True
+    if pipeline.weaker is not None:
+        settings["weaker"] = pipeline.weaker.fingerprint
     _check(work, long=long is not None, picture_first=picture_first)
     size = 1 if long is not None else batch_size
     pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
