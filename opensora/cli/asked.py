@@ -16,6 +16,8 @@ from opensora.infer.samples import Job
 from opensora.media.picture import is_picture
 from opensora.media.source import check_file
 
+STRENGTH = 0.6
+
 
 @dataclass(frozen=True)
 class Words:
@@ -69,7 +71,7 @@ class Frames:
         first, last: pictures or videos that it begins and ends with.
         num_given: pixel frames that are given of a video; a quarter of the clip where it is None.
         keyframes: pictures that it passes, evenly spaced.
-        edit: a video that is changed from the noise level `strength` on.
+        edit: a video that is changed from the noise level `strength` on; STRENGTH by default.
         loop: it ends with the picture that it begins with.
         drawn: the picture that it begins with is drawn first.
     """
@@ -79,9 +81,14 @@ class Frames:
     num_given: int | None = None
     keyframes: Sequence[Path] = ()
     edit: Path | None = None
-    strength: float = 0.6
+    strength: float | None = None
     loop: bool = False
     drawn: bool = False
+
+    @property
+    def has_video(self) -> bool:
+        """Whether `num_given` counts the frames of something."""
+        return any(path and not is_picture(path) for path in (self.first, self.last))
 
     def references(self, latents: int, stride: int) -> tuple[Reference, ...]:
         """Where the files go in a video of so many latent frames.
@@ -95,7 +102,8 @@ class Frames:
             check_file(path)
         found = []
         if self.edit is not None:
-            found.append(Reference(str(self.edit), level=self.strength))
+            level = STRENGTH if self.strength is None else self.strength
+            found.append(Reference(str(self.edit), level=level))
         if self.first is not None:
             found.append(_head(self.first, self._count(latents, stride)))
         if self.last is not None:

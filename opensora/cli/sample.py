@@ -41,7 +41,9 @@ Given = Annotated[int | None, typer.Option(min=1, help="frames given of a video"
 Loop = Annotated[bool, typer.Option("--loop", help="end with the first picture")]
 Keyframe = Annotated[list[Path] | None, typer.Option(help="pictures to pass, in order")]
 Edit = Annotated[Path | None, typer.Option(help="video to change")]
-Strength = Annotated[float, typer.Option(min=0.01, max=1, help="how much to change it")]
+Strength = Annotated[
+    float | None, typer.Option(min=0.01, max=1, help="how much to change it, 0.6 by default")
+]
 PictureFirst = Annotated[
     bool, typer.Option("--picture-first", help="draw a picture, then the video from it")
 ]
@@ -56,7 +58,7 @@ Resolution = Annotated[str | None, typer.Option(help="such as 240p, 256px")]
 Aspect = Annotated[str | None, typer.Option(help="width:height, such as 16:9")]
 Fps = Annotated[float | None, typer.Option(min=0.01, help="frames per second")]
 Long = Annotated[str | None, typer.Option(help="windows or pyramid: any number of --frames")]
-Overlap = Annotated[int, typer.Option(min=1, help="latent frames that windows share")]
+Overlap = Annotated[int | None, typer.Option(min=1, help="latent frames that windows share, 2")]
 
 # Words that are added.
 Aesthetic = Annotated[float | None, typer.Option(help="aesthetic score said in the prompt")]
@@ -72,7 +74,7 @@ Refine = Annotated[
 RefineModel = Annotated[str, typer.Option(help="the API's name of the model")]
 
 # Where and how it runs.
-BatchSize = Annotated[int, typer.Option(min=1, help="videos at a time; changes no video")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="videos at a time, 8; changes no video")]
 Format = Annotated[str, typer.Option(help="mp4, gif, webm, or png for the first frame")]
 Grid = Annotated[bool, typer.Option("--grid", help="also a picture of all of them, grid.png")]
 Offload = Annotated[bool, typer.Option("--offload", help="weights wait on the host")]
@@ -115,7 +117,7 @@ def sample(
     loop: Loop = False,
     keyframe: Keyframe = None,
     edit: Edit = None,
-    strength: Strength = 0.6,
+    strength: Strength = None,
     picture_first: PictureFirst = False,
     reference: Reference = "",
     mask_strategy: MaskStrategy = "",
@@ -126,13 +128,13 @@ def sample(
     aspect: Aspect = None,
     fps: Fps = None,
     long: Long = None,
-    overlap: Overlap = 2,
+    overlap: Overlap = None,
     aesthetic: Aesthetic = None,
     motion: Motion = None,
     camera: Camera = None,
     refine: Refine = "",
     refine_model: RefineModel = "",
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     format: Format = "mp4",
     grid: Grid = False,
     offload: Offload = False,

@@ -15,6 +15,7 @@ from opensora import config as configs
 from opensora import runtime
 from opensora.cli.asked import Frames, Size, Words, jobs_of
 from opensora.cli.progress import Stages
+from opensora.cli.sample_rules import refuse_unused
 from opensora.diffusion.guidance import GuidanceConfig
 from opensora.diffusion.schedule import FullSequenceConfig
 from opensora.errors import UsageError, did_you_mean
@@ -39,6 +40,7 @@ from opensora.train.text_to_video import TextToVideo
 from opensora.train.trainer import Sampler
 
 GRID_COLUMNS = 6
+BATCH_SIZE = 8
 LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
 
@@ -68,14 +70,14 @@ class Asked:
     per_prompt: int
     sampling: dict[str, Any]
     negative_prompt: str
-    batch_size: int
+    batch_size: int | None
     suffix: str
     averaged: bool
     device: str
     attention: str
     settings: list[str] = field(default_factory=list)
     long: str | None = None
-    overlap: int = 2
+    overlap: int | None = None
     weaker: Path | None = None
     share: str = "prompts"
     refine: str = ""
@@ -87,6 +89,7 @@ class Asked:
 def draw(checkpoint: Path, asked: Asked) -> None:
     """What `opensora sample` does."""
     settings = _checked(asked)
+    refuse_unused(asked, settings, runtime.announced("WORLD_SIZE", 1))
     savings = configs.validate(SavingsConfig, asked.savings, where="sample")
     lines = asked.words.read()
     with runtime.taking_part(asked.device) as place:
@@ -95,14 +98,15 @@ def draw(checkpoint: Path, asked: Asked) -> None:
         pipeline = load(checkpoint)
         put(pipeline, savings, place.device)
         if asked.weaker is not None:
-            pipeline.weaker = load(asked.weaker).to(place.device)
+            pipeline.weaker = load(asked.weaker)
+            put(pipeline.weaker, savings, place.device)
         model = pipeline.config.model
         select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
         shape = asked.size.shape(pipeline)
         total = shape.num_frames
         long = None
         if asked.long is not None:
-            known = {"overlap": asked.overlap} if asked.long == "windows" else {}
+            known = {} if asked.overlap is None else {"overlap": asked.overlap}
             long = configs.validate(LONG[asked.long], known, where="--long")
             shape = replace(shape, num_frames=pipeline.shape.num_frames)
         latents = pipeline.latent_shape(shape)[1]
@@ -119,7 +123,7 @@ def draw(checkpoint: Path, asked: Asked) -> None:
                 sampling=settings,
                 shape=shape,
                 negative_prompt=asked.negative_prompt,
-                batch_size=asked.batch_size,
+                batch_size=asked.batch_size or BATCH_SIZE,
                 suffix=asked.suffix,
                 long=long,
                 num_frames=total,

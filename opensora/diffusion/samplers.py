@@ -13,8 +13,8 @@ Arguments of every sampler:
         `process.corrupt(data, noise, schedule[0])`, where only given frames need data.
     schedule: (steps + 1, T) or (steps + 1, B, T) levels, see `schedule`.
     process: gives alpha and sigma.
-    callback: called after each step with its number from 0, x and the data estimate; whatever it
-        raises ends the sampling.
+    callback: called after each step with its number from 0, x and the data estimate; latents that
+        it returns go on in the place of x, and whatever it raises ends the sampling.
     noise: step -> standard normal latents, (B, C, T, H, W). Only solvers that renew noise call it.
 Each returns latents at the levels of the last row, like x, and raises ValueError for latents or
 schedules that do not fit.
@@ -33,7 +33,7 @@ from opensora.diffusion import schedule as schedules
 from opensora.diffusion.process import Process
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 Noise = Callable[[int], Tensor]
 
 
@@ -56,7 +56,7 @@ def euler(
     for step in range(walk.num_steps):
         data = _estimate(denoise, x, walk.levels[step])
         x = walk.move(step, x, torch.addcmul(x * keep[step], data, gain[step]))
-        _tell(callback, step, x, data)
+        x = _tell(callback, step, x, data)
     return x
 
 
@@ -90,7 +90,7 @@ def heun(
             implicit = torch.addcmul(torch.addcmul(x, ahead, end_x[step]), after, end_data[step])
             ahead = torch.where(correct[step], (ahead + implicit) / 2, ahead)
         x = ahead
-        _tell(callback, step, x, data)
+        x = _tell(callback, step, x, data)
     return x
 
 
@@ -124,7 +124,7 @@ def dpmpp_2m(
             ahead = torch.addcmul(data, data - before, extrapolate[step])
         x = walk.move(step, x, torch.addcmul(x * keep[step], ahead, gain[step]))
         before = data
-        _tell(callback, step, x, data)
+        x = _tell(callback, step, x, data)
     return x
 
 
@@ -262,7 +262,7 @@ def _renewing(
         if renews[step]:
             moved = torch.addcmul(moved, _like(noise(step), x, "noise"), renew[step])
         x = walk.move(step, x, moved)
-        _tell(callback, step, x, data)
+        x = _tell(callback, step, x, data)
     return x
 
 
@@ -276,6 +276,6 @@ def _like(value: Tensor, x: Tensor, name: str) -> Tensor:
     return value.to(x)
 
 
-def _tell(callback: Callback | None, step: int, x: Tensor, data: Tensor) -> None:
-    if callback is not None:
-        callback(step, x, data)
+def _tell(callback: Callback | None, step: int, x: Tensor, data: Tensor) -> Tensor:
+    changed = None if callback is None else callback(step, x, data)
+    return x if changed is None else _like(changed, x, "callback")

@@ -15,22 +15,27 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from opensora import runtime, zoo
-from opensora.data.transforms import to_uint8
 from opensora.diffusion import guidance, objective, schedule, timesteps
 from opensora.diffusion.guidance import Guide, Hide
 from opensora.diffusion.process import Process, per_frame
 from opensora.diffusion.samplers import SAMPLERS
-from opensora.engine import checkpoint
-from opensora.engine.interface import load_weights
-from opensora.errors import CheckpointError, UsageError
-from opensora.infer import choices
+from opensora.errors import UsageError
+from opensora.infer import choices, loading
 from opensora.infer.caching.applied import applied
+from opensora.infer.calls import (
+    Names,
+    Words,
+    frames_of,
+    number_of,
+    settle,
+    standard_normal,
+    told_of_steps,
+)
 from opensora.infer.choices import out_of_memory, shares_a_call
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
 from opensora.infer.savings import DecodeConfig, SavingsConfig, decode
-from opensora.infer.settings import Names, Sample, SamplingConfig, Seed, Shape, settle
+from opensora.infer.settings import Sample, Samples, SamplingConfig, Seed, Shape
 from opensora.memory import free_bytes
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
@@ -41,8 +46,16 @@ if TYPE_CHECKING:
     from opensora.text.features import CachedEncoder
 
 
-Callback = Callable[[int, Tensor, Tensor], None]
+Callback = Callable[[int, Tensor, Tensor], Tensor | None]
 Fresh = Callable[[int], Tensor]
+
+
+class _Interrupted(Exception):
+    """The rest of the steps is not wanted."""
+
+    def __init__(self, latents: Tensor):
+        super().__init__()
+        self.latents = latents
 
 
 class VideoPipeline:
@@ -55,6 +68,8 @@ class VideoPipeline:
             away from the null text.
         team: other ranks that draw the same videos; None draws alone.
         savings: how latents become frames, and what has been done for less memory.
+        interrupt: set between two steps, ends a call, which gives the data estimate of that step;
+            `_interrupt` is diffusers' name of it.
         budget: bytes that drawing may take beside the weights; None: what is free.
     """
 
@@ -76,122 +91,131 @@ class VideoPipeline:
         self.team: Team | None = None
         self.savings = SavingsConfig()
         self.budget: float | None = None
+        self.interrupt = False
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, averaged: bool = True) -> VideoPipeline:
+    def from_pretrained(
+        cls, path: str | Path, *, averaged: bool = True, torch_dtype: torch.dtype | None = None
+    ) -> VideoPipeline:
         """Load a checkpoint of text-to-video training.
 
         Args:
             path: a run, its checkpoints folder, or one checkpoint.
             averaged: use the EMA weights where the checkpoint has them.
+            torch_dtype: as `dtype` in `to`; weights stay float32.
 
         Raises:
             CheckpointError: missing, damaged, or of another task.
         """
-        folder = checkpoint.find(path)
-        tree = checkpoint.read_config(folder)["task"]
-        if tree.get("kind") != "text_to_video":
-            raise CheckpointError(
-                f"{folder} is a checkpoint of '{tree.get('kind')}'; sampling needs 'text_to_video'"
-            )
-        parts = ("weights", "ema", "frozen") if averaged else ("weights", "frozen")
-        snapshot = checkpoint.load(folder, parts=parts)
-        known = {k: v for k, v in tree.items() if k in GeneratorConfig.model_fields}
-        config = checkpoint.part_of_config(GeneratorConfig, known, folder)
-        assert config.vae is not None, "a checkpoint's config is resolved"
-        vae = zoo.build_vae(config.vae)
-        text = zoo.build_text(config.text)
-        model = zoo.build_denoiser(config.model, vae=vae, text=text)
-        weights = checkpoint.inference_weights(snapshot, averaged=averaged)
-        load_weights(vae, checkpoint.prefixed(snapshot.frozen, "vae"))
-        load_weights(model, checkpoint.prefixed(weights, "model"))
-        if text.trainable:
-            load_weights(text, checkpoint.prefixed(weights, "text"))
-        pipeline = cls(
-            model=model.eval(),
-            text=text.eval(),
-            vae=vae.eval(),
-            config=config,
-            shape=Shape(**snapshot.progress["shape"]),
-            fingerprint=checkpoint.identity({**weights, **snapshot.frozen}),
-        )
-        return pipeline
+        return cls(**loading.parts(path, averaged=averaged)).to(dtype=torch_dtype)
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> VideoPipeline:
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self.interrupt = value
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> VideoPipeline:
         """Move to a device; `dtype` is the arithmetic of the denoiser (autocast)."""
-        self.device = torch.device(device)
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        self.device = self.device if device is None else torch.device(device)
         self.dtype = dtype or self.dtype
+        if self.savings.offload:
+            raise UsageError("weights of this pipeline wait on the host: `infer.savings.place` it")
         for part in (self.model, self.text, self.vae):
             part.to(self.device)
         if self.weaker is not None:
             self.weaker.to(device, dtype)
         return self
 
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Condition:
+        """The features of texts, which a call takes as `prompt_embeds`."""
+        return self.text.encode([prompts] if isinstance(prompts, str) else list(prompts))
+
     @torch.no_grad()
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         seeds: Sequence[Seed] | None = None,
         shape: Shape | None = None,
         sampling: SamplingConfig | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         given: Sequence[Sequence[Given]] | None = None,
         callback: Callback | None = None,
         **names: Unpack[Names],
-    ) -> list[Sample]:
+    ) -> Samples:
         """Draw one video for each prompt, as one batch.
 
         Args:
             prompts: one or several.
-            seeds: a number, or a generator on the CPU, for each prompt; 0, 1, 2 ... by default.
+            seeds: a number, or a generator, for each prompt; 0, 1, 2 ... by default.
             shape: pixel frames, height, width, fps; the trained shape by default.
-            given: for each prompt, the frames that are there already.
-            callback: (step, latents, data estimate) after every step; what it raises cancels.
-            names: arguments as diffusers calls them: num_frames, height, width, fps,
-                num_inference_steps, guidance_scale, generator.
+            negative_prompt: one for all, or one for each.
+            given: for each video, the frames that are there already.
+            callback: (step, latents, data estimate) after every step; latents that it returns go
+                on, and what it raises cancels.
+            names: arguments as diffusers calls them (`calls.Names`).
 
         Raises:
             UsageError: the shape does not fit the VAE and the model, or frames do not fit it.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        shape, sampling, drawn = settle(shape or self.shape, sampling or SamplingConfig(), names)
-        if drawn is not None and seeds is not None:
-            raise UsageError("seeds and generator both say what is drawn: give one of them")
-        seeds = drawn or (list(range(len(prompts))) if seeds is None else list(seeds))
-        for name, values in (("seeds", seeds), ("lists of given frames", given)):
-            if values is not None and len(values) != len(prompts):
-                raise UsageError(f"{len(prompts)} prompts need as many {name}, found {len(values)}")
-        latent_shape = self.latent_shape(shape)
+        call = settle(
+            prompts, seeds, shape or self.shape, sampling or SamplingConfig(), negative_prompt,
+            names,
+        )  # fmt: skip
+        shape, sampling, count = call.shape, call.sampling, len(call.words)
+        if given is not None and len(given) != count:
+            raise UsageError(
+                f"{count} prompts need as many lists of given frames, found {len(given)}"
+            )
+        size = self.latent_shape(shape)
+        if call.noise is not None and call.noise.shape != (count, *size):
+            raise UsageError(f"latents are {tuple(call.noise.shape)}; they are {(count, *size)}")
+        told = told_of_steps(self, names, self.levels(sampling, shape, size[1]))
+        if told is not None and callback is not None:
+            raise TypeError("a pipeline takes callback or callback_on_step_end, not both")
+        self.interrupt = False
 
         def noise(*step: int) -> Tensor:
-            drawn = [_noise(latent_shape, seed, *step) for seed in seeds]
-            return torch.stack(drawn).to(self.device)
+            drawn = [standard_normal(size, seed, *step).to(self.device) for seed in call.seeds]
+            return torch.stack(drawn)
 
         guided = sampling.guidance.scale != 1 and sampling.guidance.batched is not False
-        with out_of_memory(self, "denoising", shape, len(prompts), calls=1 + guided):
+        with out_of_memory(self, "denoising", shape, count, calls=1 + guided):
             latents = self.draw_latents(
-                noise(),
-                prompts,
+                noise() if call.noise is None else call.noise.to(self.device).float(),
+                call.words,
                 shape,
                 sampling,
-                negative_prompt,
-                given or [()] * len(prompts),
-                callback,
+                call.negative,
+                given or [()] * count,
+                callback or told,
                 fresh=noise,
             )
-        with out_of_memory(self, "decoding", shape, len(prompts)):
-            pixels = decode(self.vae, latents, self.decoding(shape, len(prompts)))
-        rows = zip(prompts, seeds, to_uint8(pixels), strict=True)
-        return [Sample(prompt, _number(seed), video, shape.fps) for prompt, seed, video in rows]
+        if call.output == "latent":
+            drawn = list(latents)
+        else:
+            with out_of_memory(self, "decoding", shape, count):
+                pixels = decode(self.vae, latents, self.decoding(shape, count))
+            drawn = frames_of(pixels, call.output)
+        rows = zip(call.prompts, call.seeds, drawn, strict=True)
+        return Samples(Sample(p, number_of(seed), video, shape.fps) for p, seed, video in rows)
 
     def draw_latents(
         self,
         noise: Tensor,
-        prompts: Sequence[str],
+        prompts: Words,
         shape: Shape,
         sampling: SamplingConfig,
-        negative_prompt: str = "",
+        negative_prompt: str | Words = "",
         given: Sequence[Sequence[Given]] = (),
         callback: Callback | None = None,
         fresh: Fresh | None = None,
@@ -267,10 +291,10 @@ class VideoPipeline:
 
     def guide(
         self,
-        prompts: Sequence[str],
+        prompts: Words,
         shape: Shape,
         sampling: SamplingConfig,
-        negative_prompt: str,
+        negative_prompt: str | Words,
         num_steps: int,
         *,
         hide: Hide | None = None,
@@ -287,10 +311,13 @@ class VideoPipeline:
             )
         weaker = None
         if self.weaker is not None:
-            told = self.weaker._condition(list(prompts), shape)
+            if isinstance(prompts, Condition):
+                raise UsageError("a weaker model reads prompts itself: give prompts, not features")
+            told = self.weaker._condition(prompts, shape)
             worse = self.weaker.process.denoiser(partial(self.weaker._predict, team=self.team))
             weaker = lambda x, t, _: worse(x, t, told)  # noqa: E731
-        cond = self._condition(list(prompts), shape)
+        cond = self._condition(prompts, shape)
+        null = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         options = sampling.guidance.model_dump()
         if options["batched"] == "auto":
             branches = 3 if sampling.guidance.frames_scale != 1 else 2
@@ -300,7 +327,7 @@ class VideoPipeline:
         return guidance.classifier_free(
             self.process.denoiser(partial(self._predict, team=self.team)),
             cond,
-            self._condition([negative_prompt], shape),
+            self._condition(null, shape),
             hide=hide,
             weaker=weaker,
             num_steps=num_steps,
@@ -319,16 +346,23 @@ class VideoPipeline:
     ) -> Tensor:
         """Latents moved from the levels of the first row to those of the last."""
 
-        def told(step: int, x: Tensor, data: Tensor) -> None:
+        def told(step: int, x: Tensor, data: Tensor) -> Tensor | None:
             guide.after(guide.step)  # counted on where a guide is walked with more than once
             if cache is not None:
                 cache.tick()
-            if callback is not None:
-                callback(step, x, data)
+            changed = None if callback is None else callback(step, x, data)
+            if self.interrupt:
+                raise _Interrupted(data if changed is None else changed)
+            return changed
 
         sampler = SAMPLERS[sampling.sampler]
         with applied(self.model, sampling.cache) as cache:
-            return sampler(guide, x, levels.to(x), process=self.process, callback=told, noise=fresh)
+            try:
+                return sampler(
+                    guide, x, levels.to(x), process=self.process, callback=told, noise=fresh
+                )
+            except _Interrupted as ended:
+                return ended.latents
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any, *, team: Team | None) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
@@ -336,20 +370,15 @@ class VideoPipeline:
                 return team.run(self.model, x, t, condition).float()
             return self.model(x, t, condition).float()
 
-    def _condition(self, prompts: list[str], shape: Shape) -> Condition:
-        text = self.text.encode(prompts)
-        count = len(prompts)
+    def _condition(self, words: Words, shape: Shape) -> Condition:
+        text = words if isinstance(words, Condition) else self.text.encode(list(words))
+        channels, pooled = self.config.model.text_channels, self.config.model.pooled_channels
+        if text.tokens.shape[-1] != channels or (pooled and text.pooled is None):
+            raise UsageError(
+                f"features of texts have {text.tokens.shape[-1]} channels, and the model needs "
+                f"{channels}{' and a pooled vector' * bool(pooled)}: use `encode_prompt`"
+            )
+        count = len(text)
         fps = torch.full((count,), shape.fps)
         size = torch.tensor([[shape.height, shape.width]]).float().expand(count, 2)
         return Condition(text.tokens, text.mask, text.pooled, fps, size).to(self.device)
-
-
-def _noise(shape: tuple[int, ...], seed: Seed, *step: int) -> Tensor:
-    """Standard normal latents of one sample: those that it starts from, or those of a step."""
-    if isinstance(seed, torch.Generator):
-        return torch.randn(shape, generator=seed)
-    return torch.randn(shape, generator=runtime.generator(seed, "sample", *step))
-
-
-def _number(seed: Seed) -> int:
-    return seed if isinstance(seed, int) else seed.initial_seed()

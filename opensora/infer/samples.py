@@ -140,14 +140,13 @@ def draw(
     folder, shape = Path(folder), shape or pipeline.shape
     pipeline.latent_shape(shape)
     options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
-    settings = {"weights": pipeline.fingerprint, **_plain(options)}
+    _check(work, long=long is not None, picture_first=picture_first)
+    size = 1 if long is not None else batch_size
+    pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
+    settings = {**_drawn_with(pipeline, options), "tiled": tiled}
     if long is not None:
         settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
     settings |= {"picture_first": True} if picture_first else {}
-    _check(work, long=long is not None, picture_first=picture_first)
-    size = 1 if long is not None else batch_size
-    rows = min(size, len(work))
-    pipeline, settings["tiled"] = _settled(pipeline, folder, shape, rows, place, tell)
     together = place.world_size > 1 and pipeline.team is not None
     report = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
@@ -206,10 +205,13 @@ def _settled(
     return pipeline, tiled
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a call of the pipeline as JSON has them."""
+def _drawn_with(pipeline: VideoPipeline, options: dict[str, Any]) -> dict[str, Any]:
+    """Weights and the options of a call of the pipeline, as JSON has them."""
+    weights = {"weights": pipeline.fingerprint}
+    if pipeline.weaker is not None:
+        weights["weaker"] = pipeline.weaker.fingerprint
     sampling, shape = options["sampling"].model_dump(mode="json"), asdict(options["shape"])
-    return {**options, "sampling": sampling, "shape": shape}
+    return {**weights, **options, "sampling": sampling, "shape": shape}
 
 
 def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:

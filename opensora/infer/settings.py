@@ -1,19 +1,16 @@
-"""What a call of the pipeline is told beside its prompts, in words of its own or diffusers'."""
+"""What a call of the pipeline is told beside its prompts, and what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
-from opensora.config import Config, validate
+from opensora.config import Config
 from opensora.diffusion.guidance import GuidanceConfig
 from opensora.diffusion.schedule import FullSequenceConfig, ScheduleConfig
-from opensora.errors import did_you_mean
 from opensora.infer.caching.configs import CacheConfig
 
 Seed = int | torch.Generator
@@ -39,14 +36,23 @@ class Sample:
     """A finished video.
 
     Attributes:
-        frames: uint8 (F, H, W, 3).
+        frames: uint8 (F, H, W, 3), or what `output_type` says (`calls.Names`).
         fps: frames per second.
     """
 
     prompt: str
     seed: int
-    frames: np.ndarray
+    frames: Any
     fps: float
+
+
+class Samples(list[Sample]):
+    """The videos of a call."""
+
+    @property
+    def frames(self) -> list[Any]:
+        """Of each, as diffusers' outputs have them."""
+        return [sample.frames for sample in self]
 
 
 @dataclass(frozen=True)
@@ -57,43 +63,3 @@ class Shape:
     height: int
     width: int
     fps: float
-
-
-class Names(TypedDict, total=False):
-    """Arguments as diffusers' video pipelines call them; each goes over `shape` or `sampling`."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    num_inference_steps: int
-    guidance_scale: float
-    generator: torch.Generator | Sequence[torch.Generator]
-
-
-def settle(
-    shape: Shape, sampling: SamplingConfig, names: Names
-) -> tuple[Shape, SamplingConfig, list[Seed] | None]:
-    """Shape, sampling and seeds with the named ones laid over them.
-
-    Raises:
-        TypeError: for another name.
-    """
-    if not names:
-        return shape, sampling, None
-    unknown = sorted(set(names) - set(Names.__annotations__))
-    if unknown:
-        hint = did_you_mean(unknown[0], Names.__annotations__)
-        raise TypeError(f"a pipeline takes no argument '{unknown[0]}'.{hint}")
-    sizes = {k: v for k, v in names.items() if k in ("num_frames", "height", "width", "fps")}
-    shape = replace(shape, **sizes)  # type: ignore[arg-type]
-    tree = sampling.model_dump()
-    if "num_inference_steps" in names:
-        tree["schedule"]["num_steps"] = names["num_inference_steps"]
-    if "guidance_scale" in names:
-        tree["guidance"]["scale"] = names["guidance_scale"]
-    given = names.get("generator")
-    seeds: list[Seed] | None = None
-    if given is not None:
-        seeds = [given] if isinstance(given, torch.Generator) else list(given)
-    return shape, validate(SamplingConfig, tree, where="sampling"), seeds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,13 @@ _DEFAULT_LIMITS = Limits()
 def is_picture(path: str | os.PathLike[str]) -> bool:
     """Whether a file's name is that of a still picture."""
     return Path(path).suffix.lower() in PICTURES
+
+
+def as_pil(frame: np.ndarray) -> Any:
+    """A PIL image of a frame, uint8 (H, W, 3)."""
+    from PIL import Image
+
+    return Image.fromarray(frame)
 
 
 def read_picture(path: str | os.PathLike[str], *, limits: Limits = _DEFAULT_LIMITS) -> np.ndarray:

@@ -126,8 +126,8 @@ def test_a_video_begins_with_the_picture_that_is_given(run, tmp_path, picture):
 
 
 def test_a_video_may_be_any_number_of_frames_long(run, tmp_path):
-    for kind, overlap in (("windows", 1), ("pyramid", 2)):
-        options = ("--long", kind, "--frames", 22, "--overlap", overlap)
+    for kind, overlap in (("windows", ["--overlap", 1]), ("pyramid", [])):
+        options = ("--long", kind, "--frames", 22, *overlap)
         (video,) = sample(run, tmp_path / kind, *options)
         assert video.shape == (22, 32, 32, 3)
 
@@ -176,12 +176,15 @@ def test_what_makes_no_sense_is_one_line(run, options, told, tmp_path, capsys):
 
 @pytest.mark.dist
 @pytest.mark.xdist_group("train-faults")
-@pytest.mark.parametrize("share", ["sequence", "guidance"])
-def test_two_ranks_that_share_a_video_write_what_one_writes(share, run, tmp_path, picture):
+@pytest.mark.parametrize(
+    ("share", "cache"), [("sequence", None), ("sequence", "teacache"), ("guidance", "teacache")]
+)
+def test_two_ranks_that_share_a_video_write_what_one_writes(share, cache, run, tmp_path, picture):
     """In uint8 after x264, so equal up to rounding; latents are held to 1e-4 elsewhere."""
     from tests.train.forked import Ranks
 
-    alone = sample(run, tmp_path / "alone", "--first", picture, "--per-prompt", 2)
+    spared = ["--cache", cache, "--set", "cache.levels=[0,1]"] if cache else []
+    alone = sample(run, tmp_path / "alone", "--first", picture, "--per-prompt", 2, *spared)
     words = [
         "sample",
         run,
@@ -193,7 +196,7 @@ def test_two_ranks_that_share_a_video_write_what_one_writes(share, run, tmp_path
         "--device",
         "cpu",
     ]
-    words += ["--first", picture, "--per-prompt", 2, "--share", share]
+    words += ["--first", picture, "--per-prompt", 2, "--share", share, *spared]
     arguments = [str(word) for word in words]
     ranks = Ranks(arguments, tmp_path / "ranks")
     assert ranks.wait() == [0, 0], ranks.told(0) + ranks.told(1)

@@ -43,7 +43,7 @@ class Painter:
     """
 
     team = None
-    savings = WHOLE
+    savings, weaker = WHOLE, None
 
     def __init__(self, paint, *, fingerprint="painter", frames=17):
         self.paint, self.fingerprint = paint, fingerprint

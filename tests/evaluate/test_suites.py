@@ -238,7 +238,7 @@ class Continuing:
     """Stands in for a pipeline: shows the frames that it is given, then another colour."""
 
     team = None
-    savings = WHOLE
+    savings, weaker = WHOLE, None
     fingerprint = "continuing"
     device = torch.device("cpu")
     shape = Shape(9, 32, 32, 8.0)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from opensora.data.transforms import to_uint8
 from opensora.engine import checkpoint, saving
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.savings import SavingsConfig, place
 from tests.infer.conftest import SHAPE, build_pipeline
 
 PROMPTS = ["a red circle moving right", "a blue square", "two green triangles moving up slowly"]
@@ -104,6 +106,119 @@ def test_arguments_may_have_the_names_that_diffusers_gives_them(pipeline):
         pipeline(PROMPTS[0], num_inference_step=3)
     with pytest.raises(UsageError, match="guidance"):
         pipeline(PROMPTS[0], guidance_scale=-1.0)
+
+
+def test_videos_of_one_prompt_and_a_generator_for_all(pipeline):
+    def drawn(**names):
+        return pipeline(PROMPTS[0], sampling=QUICK, **names)
+
+    one, two = drawn(num_videos_per_prompt=2)
+    assert (one.seed, two.seed) == (0, 1) and not np.array_equal(one.frames, two.frames)
+    generator = torch.Generator().manual_seed(4)
+    first, second = drawn(num_videos_per_prompt=2, generator=generator)
+    alone = drawn(generator=torch.Generator().manual_seed(4))[0].frames.astype(int)
+    assert np.abs(first.frames - alone).max() <= 1
+    assert not np.array_equal(first.frames, second.frames)
+    several = drawn(num_videos_per_prompt=2, generator=[torch.Generator().manual_seed(4)] * 2)
+    assert np.array_equal(several.frames[0], first.frames)
+
+
+def test_frames_come_in_the_form_that_is_asked_for(pipeline):
+    def drawn(output_type):
+        return pipeline(prompt=PROMPTS[:2], sampling=QUICK, output_type=output_type).frames
+
+    plain = np.stack(drawn("uint8"))
+    assert np.abs(np.stack(drawn("np")) * 255 - plain).max() <= 0.5 + 1e-3
+    tensors = torch.stack(drawn("pt"))
+    assert tensors.shape == (2, 5, 3, 32, 32)
+    assert np.abs(tensors.permute(0, 1, 3, 4, 2).numpy() * 255 - plain).max() <= 0.5 + 1e-3
+    assert np.array_equal(np.stack([[np.asarray(f) for f in v] for v in drawn("pil")]), plain)
+    latents = torch.stack(drawn("latent"))
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents)
+    assert np.array_equal(to_uint8(decoded), plain)
+
+
+def test_latents_and_features_of_texts_may_be_given(pipeline):
+    plain = frames(pipeline, PROMPTS[:1], [3], negative_prompt="a grey cloud")
+    embeds = {
+        "prompt_embeds": pipeline.encode_prompt(PROMPTS[0]),
+        "negative_prompt_embeds": pipeline.encode_prompt("a grey cloud"),
+    }
+    assert np.array_equal(frames(pipeline, None, [3], **embeds), plain)
+    size = (1, *pipeline.latent_shape(SHAPE))
+    latents = torch.randn(size, generator=torch.Generator().manual_seed(9))
+    given = frames(pipeline, PROMPTS[:1], [3], latents=latents)
+    assert np.array_equal(frames(pipeline, PROMPTS[:1], [8], latents=latents), given)
+    assert not np.array_equal(frames(pipeline, PROMPTS[:1], [3], latents=-latents), given)
+    with pytest.raises(UsageError, match="and a pooled vector: use `encode_prompt`"):
+        pipeline(prompt_embeds=embeds["prompt_embeds"].tokens, sampling=QUICK)
+    with pytest.raises(UsageError, match=r"latents are \(1, 4, 2, 4, 4\); they are \(2,"):
+        pipeline(PROMPTS[:2], latents=latents)
+
+
+def test_each_video_may_have_a_negative_prompt_of_its_own(pipeline):
+    both = frames(pipeline, PROMPTS[:2], [0, 1], negative_prompt=["a cloud", ""]).astype(int)
+    alone = frames(pipeline, PROMPTS[:1], [0], negative_prompt="a cloud")
+    assert np.abs(both[0] - alone[0]).max() <= 1
+    with pytest.raises(UsageError, match="one negative prompt or as many"):
+        pipeline(PROMPTS, negative_prompt=["a cloud", ""])
+
+
+def test_a_callback_in_diffusers_form_may_change_latents_and_interrupt(pipeline):
+    levels, estimates = [], []
+
+    def zero(pipe, step, level, tensors):
+        assert pipe is pipeline and set(tensors) == {"latents"}
+        levels.append(float(level))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = pipeline(
+        PROMPTS[0], sampling=QUICK, callback_on_step_end=zero, output_type="latent"
+    ).frames
+    assert not latents[0].any() and levels == sorted(levels, reverse=True) and levels[0] == 1
+
+    def stop(pipe, step, level, tensors):
+        estimates.append(tensors["data"])
+        pipe._interrupt = step == 1
+        return tensors
+
+    (found,) = pipeline(
+        PROMPTS[0], sampling=QUICK, callback_on_step_end=stop, output_type="latent",
+        callback_on_step_end_tensor_inputs=["data"],
+    ).frames  # fmt: skip
+    assert len(estimates) == 2 and torch.equal(found, estimates[1][0])
+    assert np.array_equal(frames(pipeline, PROMPTS[:1], [0]), frames(pipeline, PROMPTS[:1], [0]))
+    with pytest.raises(UsageError, match="Did you mean 'latents'"):
+        pipeline("a", callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["latent"])
+    with pytest.raises(ValueError, match="callback gave"):
+        pipeline("a", sampling=QUICK, callback=lambda *_: torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"seed": 3}, "Did you mean 'seeds'"),
+        ({"prompt": "b"}, "one of them"),
+        ({"seeds": [1], "generator": torch.Generator()}, "not both"),
+        ({"output_type": "pill"}, "Did you mean 'pil'"),
+        ({"num_videos_per_prompt": 0}, "at least 1"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "needs callback_on_step_end"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(names, told, pipeline):
+    with pytest.raises((TypeError, UsageError), match=told):
+        pipeline("a", **names)
+
+
+def test_a_pipeline_moves_as_diffusers_do():
+    pipe = build_pipeline()
+    assert pipe.to(torch.bfloat16).dtype == torch.bfloat16
+    assert pipe.to("cpu").dtype == torch.bfloat16
+    assert pipe.to(dtype=torch.float32).device == torch.device("cpu")
+    place(pipe, SavingsConfig(offload=True), "cpu")
+    with pytest.raises(UsageError, match="wait on the host"):
+        pipe.to("cpu")
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "renoise"])

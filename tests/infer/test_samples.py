@@ -25,7 +25,7 @@ class Painter:
     """
 
     team = None
-    savings = WHOLE
+    savings, weaker = WHOLE, None
     fingerprint = "painter"
     shape = SHAPE
 

@@ -91,12 +91,14 @@ def measure(plain: Setting, setting: Setting, exact: np.ndarray, repeats: int) -
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], gate: float | None = None) -> str:
+    """Rows below the gate are marked."""
     lines = [f"{'PSNR':>8} {'time':>7} {'FLOPs':>7}  cache"]
     for row in rows:
         told = " ".join(f"{key}={value}" for key, value in row["cache"].items())
         ratios = f"{row['times_faster']:>6.2f}x {row['times_fewer_flops']:>6.2f}x"
-        lines.append(f"{row['psnr']:>8.2f} {ratios}  {told}")
+        below = "  BELOW THE GATE" if gate is not None and row["psnr"] < gate else ""
+        lines.append(f"{row['psnr']:>8.2f} {ratios}  {told}{below}")
     return "\n".join(lines)
 
 
@@ -121,8 +123,8 @@ def main() -> None:
             continue
         setting = Setting(pipeline, options.steps, options.guidance, cache)
         rows.append(measure(plain, setting, exact, options.repeats))
-        print(table(rows[-1:]).splitlines()[1], file=sys.stderr, flush=True)
-    print(table(rows), file=sys.stderr)
+        print(table(rows[-1:], options.gate).splitlines()[1], file=sys.stderr, flush=True)
+    print(table(rows, options.gate), file=sys.stderr)
     facts: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance, "rows": rows}
     if options.gate is not None:
         good = [row for row in rows if row["psnr"] >= options.gate]

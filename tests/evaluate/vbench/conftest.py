@@ -18,7 +18,7 @@ class Painter:
     """Stands in for a pipeline; `paint(prompt, seed)` gives uint8 (F, H, W, 3)."""
 
     team = None
-    savings = WHOLE
+    savings, weaker = WHOLE, None
 
     def __init__(self, paint, *, fingerprint="painter", stop_after=None, size=(5, 32, 48)):
         self.paint, self.fingerprint, self.stop_after = paint, fingerprint, stop_after
