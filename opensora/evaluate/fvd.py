@@ -137,19 +137,15 @@ def _generated(
         whole = RealClipsConfig(path=subject.videos, num=count)
         videos = open_clips(whole, shape, where="generated")
         return list(videos.ids), videos.read
-    place, folder = subject.place, output / "samples"
+    folder = output / "samples"
     prompts = [texts[i % len(texts)] for i in range(count)]
     work = samples.jobs(prompts, seed=config.seed * 1_000_000)
-    mine = work[place.rank :: place.world_size]
     records = samples.draw(
-        subject.model, mine, folder, sampling=config.sampling, shape=shape,
+        subject.model, work, folder, sampling=config.sampling, shape=shape, place=subject.place,
         batch_size=config.batch_size, progress=lambda *n: progress("drawing", *n),
     )  # fmt: skip
-    every = sorted(
-        (r for part in place.gather_objects(records) for r in part), key=lambda r: r["index"]
-    )
-    files = [folder / record["file"] for record in every]
-    names = [f"{record['index']} {record['prompt']}" for record in every]
+    files = [folder / record["file"] for record in records]
+    names = [f"{record['index']} {record['prompt']}" for record in records]
 
     def drawn(index: int) -> np.ndarray:
         # A side that was odd has grown by a pixel in the file.
