@@ -1,9 +1,9 @@
 """Distances between two sets of feature vectors: Frechet's, and an unbiased MMD.
 
-Statistics are sums in float64, so that they stream, and those of ranks or parts simply add. The
-Frechet distance of finite samples is biased upwards by about the number of features over N: two
-samples of one distribution are not at zero, and figures compare at equal N only. The MMD beside it
-has no such bias.
+Statistics are sums in float64, so that those of a part can be taken away. The Frechet distance of
+finite samples is biased upwards by about the number of features over N: two samples of one
+distribution are not at zero, and figures compare at equal N only. The MMD beside it has no such
+bias.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from opensora.disk import replace_file
 from opensora.errors import DataError, UsageError
-from opensora.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -38,27 +37,10 @@ class FrechetStats:
         x = features.double().cpu()
         return cls(len(x), x.sum(0), x.T @ x)
 
-    @classmethod
-    def empty(cls, num_features: int) -> FrechetStats:
-        return cls.of(torch.zeros(0, num_features))
-
-    def __add__(self, other: FrechetStats) -> FrechetStats:
-        """Of both sets together."""
-        count = self.count + other.count
-        return FrechetStats(count, self.total + other.total, self.outer + other.outer)
-
     def __sub__(self, part: FrechetStats) -> FrechetStats:
         """Of what remains without a part."""
         count = self.count - part.count
         return FrechetStats(count, self.total - part.total, self.outer - part.outer)
-
-    def over(self, place: Runtime) -> FrechetStats:
-        """Of all ranks together, on every rank."""
-        packed = torch.cat([torch.tensor([float(self.count)]).double(), self.total])
-        packed = torch.cat([packed, self.outer.flatten()])
-        count, rest = place.all_reduce(packed).split([1, len(packed) - 1])
-        total, outer = rest.split([len(self.total), rest.numel() - len(self.total)])
-        return FrechetStats(round(count.item()), total, outer.view_as(self.outer))
 
     @property
     def mean(self) -> Tensor:
@@ -175,13 +157,11 @@ class Reference:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: features and statistics, settings and digest beside them."""
-        stats = FrechetStats.of(self.features)
-        tensors = {"features": self.features.float().contiguous().cpu()}
-        tensors |= {"total": stats.total, "outer": stats.outer}
-        facts = {"settings": json.dumps(self.settings), "key": self.key, "count": str(stats.count)}
+        """Write a safetensors file: features, with settings and digests of both beside them."""
+        features = self.features.float().contiguous().cpu()
+        facts = {"settings": json.dumps(self.settings), "key": self.key, "sha256": _sha(features)}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save(tensors, metadata=facts))
+        replace_file(path, save({"features": features}, metadata=facts))
 
     @classmethod
     def load(cls, path: str | Path, settings: dict[str, Any]) -> Reference:
@@ -198,7 +178,7 @@ class Reference:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 found = cls(file.get_tensor("features"), json.loads(facts["settings"]))
-                sound = found.key == facts["key"] and str(len(found.features)) == facts["count"]
+                sound = (found.key, _sha(found.features)) == (facts["key"], facts["sha256"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"the reference {path} cannot be read ({error}): remove it") from None
         if not sound:
@@ -212,3 +192,7 @@ class Reference:
             )
             raise UsageError(f"the reference {path} was made otherwise: {told}; name another file")
         return found
+
+
+def _sha(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().tobytes()).hexdigest()

@@ -14,15 +14,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opensora.data.transforms import fit
+from opensora.digests import digest
 from opensora.errors import UsageError
 from opensora.media.picture import is_picture, read_picture
 from opensora.media.read import read_clip
+from opensora.media.source import check_file
 from opensora.vae.causal import CausalVAE
 
 _PAST_LATENTS = 3
@@ -106,6 +109,16 @@ class Reference:
     count: int | None = None
     level: float = 0.0
     window: int = 0
+
+    @property
+    def sha256(self) -> str:
+        """Of the file: the first 16 digits.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        check_file(self.path)
+        return digest(Path(self.path)).sha256[:16]
 
     def load(self, *, fps: float) -> Given:
         """Read the file: a picture, or a video at the rate of the one to draw.

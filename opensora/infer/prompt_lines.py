@@ -62,15 +62,21 @@ def parse(line: str, *, reference_path: str = "", mask_strategy: str = "") -> Li
 
 def _split_json(line: str) -> tuple[str, dict[str, str]]:
     """The words of a line and its trailing JSON object; braces within words are words."""
-    start = line.find("{")
-    if start < 0 or not line.rstrip().endswith("}"):
+    if "{" not in line or not line.rstrip().endswith("}"):
         return line, {}
-    try:
-        settings = json.loads(line[start:])
-    except json.JSONDecodeError as error:
+    reason = start = None
+    settings: dict[str, str] = {}
+    for start in (brace.start() for brace in re.finditer("{", line)):
+        try:
+            settings = json.loads(line[start:])
+        except json.JSONDecodeError as error:
+            reason = error
+        else:
+            break
+    if not settings:
         if not any(f'"{key}"' in line for key in _KEYS):
             return line, {}
-        raise UsageError(f"the JSON at the end of '{line}' cannot be read: {error}") from None
+        raise UsageError(f"the JSON at the end of '{line}' cannot be read: {reason}")
     for key, value in settings.items():
         if key not in _KEYS:
             raise UsageError(f"'{line}' has the key '{key}'.{did_you_mean(key, _KEYS)}")
@@ -110,7 +116,7 @@ def references(path: str, strategy: str) -> tuple[Reference, ...]:
             numbers = [float(part) for part in group.split(",")]
         except ValueError:
             numbers = []
-        if not 1 <= len(numbers) <= 6 or any(n != int(n) for n in numbers[:5]):
+        if not 1 <= len(numbers) <= 6 or not all(n.is_integer() for n in numbers[:5]):
             raise UsageError(
                 f"'{group}' in the mask strategy '{strategy}' is not up to six numbers: window, "
                 "reference, its first latent frame, the target's, how many, level"

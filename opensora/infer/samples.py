@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from opensora import runtime
 from opensora.errors import DataError, UsageError, did_you_mean
 from opensora.infer.choices import told
 from opensora.infer.conditions import Given, Reference
@@ -59,8 +60,15 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The job as a line of the record has it; what it does not use is left out."""
+        """The job as a line of the record has it; what it does not use is left out. Files are named
+        with a digest, so that another picture of the same name is not taken for it.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
         tree = {key: value for key, value in asdict(self).items() if value != ()}
+        if self.references:
+            tree["references"] = [{**asdict(r), "sha256": r.sha256} for r in self.references]
         return json.loads(json.dumps(tree))
 
 
@@ -249,7 +257,9 @@ def _short(
     given = [_load(job.references, options["shape"].fps) for job in batch]
     if picture_first:
         still = {**options, "shape": replace(options["shape"], num_frames=1)}
-        given = [[Given(p.frames)] for p in pipeline(prompts, seeds=seeds, **still)]
+        # Of other noise than the video that it begins.
+        others = [runtime.address(seed, "picture") for seed in seeds]
+        given = [[Given(p.frames)] for p in pipeline(prompts, seeds=others, **still)]
     if any(given):
         options = {**options, "given": given}
     return [video.frames for video in pipeline(prompts, seeds=seeds, **options)]

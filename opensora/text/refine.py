@@ -11,6 +11,7 @@ import http.client
 import ipaddress
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -46,7 +47,7 @@ def endpoint(url: str, model: str, *, key: str | None = None, seconds: float = _
             a key would be readable on the way.
         model: the endpoint's name of the model.
         key: by default the environment's OPENAI_API_KEY; endpoints on this machine often need none.
-        seconds: that the endpoint may be silent.
+        seconds: that the endpoint may take to begin its answer, and again to end it.
 
     Raises:
         UsageError: the URL is none, or not safe, or the key cannot be one.
@@ -74,8 +75,8 @@ def endpoint(url: str, model: str, *, key: str | None = None, seconds: float = _
         )
         try:
             with opener.open(request, timeout=seconds) as answer:
-                content = answer.read(MAX_WORDS_BYTES)
-            return _words(json.loads(content)["choices"][0]["message"]["content"])
+                content = json.loads(_read(answer, seconds))
+            return _words(content["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}"
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -156,6 +157,23 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *arguments: Any, **words: Any) -> None:
         return None
+
+
+def _read(answer: http.client.HTTPResponse, seconds: float) -> bytes:
+    """A whole answer; the socket's own timeout begins anew with every byte that drips in.
+
+    Raises:
+        ValueError: it is too large.
+        TimeoutError: it takes too long.
+    """
+    content, deadline = b"", time.monotonic() + seconds
+    while piece := answer.read1(1 << 16):
+        content += piece
+        if len(content) > MAX_WORDS_BYTES:
+            raise ValueError(f"its answer is over {MAX_WORDS_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"its answer had no end within {seconds:g} s")
+    return content
 
 
 def _is_this_machine(host: str) -> bool:

@@ -40,15 +40,16 @@ class Meter:
         shape: tuple[int, ...],
         work: Callable[[], Output],
         *,
-        rehearse: Callable[[], int] | None = None,
+        rehearse: Callable[[], int | None] | None = None,
     ) -> tuple[Output, int]:
         """Do the work of a micro-batch of some shape; returns its FLOPs beside its output.
 
         Args:
             rehearse: counts without doing the work, where it cannot be watched (compiled code).
+                What it does not know is counted in the work.
         """
-        if shape not in self._known and rehearse is not None:
-            self._known[shape] = rehearse()
+        if shape not in self._known and rehearse is not None and (cost := rehearse()) is not None:
+            self._known[shape] = cost
         if shape in self._known:
             return work(), self._known[shape]
         with FlopCounter() as counter:

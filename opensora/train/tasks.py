@@ -80,12 +80,10 @@ class Task(nn.Module, ABC):
         """The repeated parts of the model, which may be compiled; none by default."""
         return ()
 
-    def flops(self, batch: Any) -> int:
-        """FLOPs of a step on a micro-batch, forward and backward, counted without doing it.
-
-        Tasks with `blocks` know them.
-        """
-        raise NotImplementedError(f"{type(self).__name__} counts its FLOPs while it works")
+    def flops(self, batch: Any) -> int | None:
+        """FLOPs of a step on a micro-batch, forward and backward, counted without doing it; None
+        where they can only be counted while it works. Tasks with `blocks` know them."""
+        return None
 
     def frozen(self) -> dict[str, Tensor]:
         """Weights that are needed to use the result but are not trained; saved beside it."""

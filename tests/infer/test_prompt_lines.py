@@ -8,9 +8,10 @@ from opensora.infer.prompt_lines import Line, parse, references, turns, with_sco
 
 
 def test_a_plain_prompt_is_a_prompt_whatever_braces_it_has():
-    for text in ("a dog", "a sign that says {hello}", '{"quoted"} words', "x { y", "| a | b"):
-        if not text.startswith("|"):
-            assert parse(text) == Line((text,))
+    for text in ("a dog", "a sign that says {hello}", '{"quoted"} words', "x { y", "{} or {}"):
+        assert parse(text) == Line((text,))
+    found = parse('a {red} dog{"reference_path": "a.png"}')
+    assert found == Line(("a {red} dog",), (Reference("a.png", count=1),))
 
 
 def test_trailing_json_gives_frames():
@@ -51,6 +52,8 @@ def test_turns_fill_windows():
         ('a{"reference_path": "x", "mask_strategy": "0,1"}', "there are 1"),
         ('a{"reference_path": "x", "mask_strategy": "0,0,0,0,1,0,0"}', "up to six numbers"),
         ('a{"reference_path": "x", "mask_strategy": "0,zero"}', "up to six numbers"),
+        ('a{"reference_path": "x", "mask_strategy": "0,inf"}', "up to six numbers"),
+        ('a{"reference_path": "x", "mask_strategy": "0,nan"}', "up to six numbers"),
         ('a{"reference_path": "x", "mask_strategy": "0,0,0,0,0"}', "count at least 1"),
         ('a{"reference_path": "x", "mask_strategy": "0,0,0,0,1,1.5"}', r"level in \[0, 1\]"),
         ("|1|late", "from window 0 on"),

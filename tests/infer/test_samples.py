@@ -7,9 +7,11 @@ import pytest
 
 from opensora.errors import DataError, UsageError
 from opensora.infer import samples
+from opensora.infer.conditions import Reference
 from opensora.infer.pipeline import Sample, SamplingConfig
-from opensora.infer.samples import draw, jobs, read_prompts, read_records
+from opensora.infer.samples import Job, draw, jobs, read_prompts, read_records
 from opensora.media.read import read_clip
+from opensora.media.write import write_image
 from tests.evaluate.vbench.ranks import on_ranks
 from tests.infer.conftest import SHAPE, WHOLE, build_pipeline
 
@@ -151,6 +153,36 @@ def test_samples_drawn_differently_are_not_mixed(change, told, painter, tmp_path
     with pytest.raises(UsageError, match=rf"drawn differently \({told}.*choose another folder"):
         draw(painter, options.pop("work"), tmp_path, **options)
     assert names(tmp_path) == before
+
+
+def test_a_picture_that_is_drawn_first_and_its_video_have_noise_of_their_own(painter, tmp_path):
+    asked = []
+
+    def call(prompts, *, seeds, shape, given=None, **options):
+        asked.append((shape.num_frames, list(seeds)))
+        return Painter.__call__(painter, prompts, seeds=seeds, shape=shape, **options)
+
+    pipeline = type("Asked", (Painter,), {"__call__": lambda self, *a, **k: call(*a, **k)})()
+    draw(pipeline, jobs(PROMPTS[:2], seed=3), tmp_path, sampling=QUICK, picture_first=True)
+    (still, first), (whole, second) = asked
+    assert (still, whole, second) == (1, SHAPE.num_frames, [3, 4])
+    assert len({*first, *second}) == 4
+
+
+def test_another_picture_of_the_same_name_is_not_taken_for_the_one_that_was_given(tmp_path):
+    picture = tmp_path / "a.png"
+    write_image(picture, np.zeros((32, 32, 3), np.uint8))
+    work = [Job(0, PROMPTS[0], 0, references=(Reference(str(picture)),))]
+    pipeline, folder = build_pipeline(), tmp_path / "out"
+    draw(pipeline, work, folder, sampling=QUICK)
+    draw(pipeline, work, folder, sampling=QUICK)
+    assert len(read_records(folder)) == 1
+    write_image(picture, np.full((32, 32, 3), 255, np.uint8))
+    with pytest.raises(UsageError, match="or given frames"):
+        draw(pipeline, work, folder, sampling=QUICK)
+    picture.unlink()
+    with pytest.raises(DataError, match=r"a\.png' cannot be read"):
+        draw(pipeline, work, folder, sampling=QUICK)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webm"])

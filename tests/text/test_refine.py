@@ -3,12 +3,14 @@
 import json
 import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from opensora.errors import DataError, StorageError, UsageError
-from opensora.text.refine import INSTRUCTION, endpoint, local, remembered
+from opensora.text.refine import INSTRUCTION, MAX_WORDS_BYTES, endpoint, local, remembered
 
 SECRET = "sk-very-secret"
 
@@ -24,7 +26,9 @@ class Answers(BaseHTTPRequestHandler):
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for part in [content] if isinstance(content, bytes) else content:
+                self.wfile.write(part)
 
     def log_message(self, *words):
         pass
@@ -107,6 +111,20 @@ def test_what_does_not_speak_http_is_told_in_one_line(raw):
         with pytest.raises(StorageError, match=r"did not refine the prompt: \S"):
             endpoint(url, "small", key=SECRET)("a dog")
         thread.join()
+
+
+def test_an_answer_that_drips_or_never_ends_is_given_up(server):
+    def drip(body):
+        for _ in range(100):
+            yield b" "
+            time.sleep(0.05)
+
+    server.answer = lambda body: (200, drip(body))
+    with pytest.raises(StorageError, match=r"no end within 0\.3 s"):
+        endpoint(url_of(server), "small", seconds=0.3)("a dog")
+    server.answer = lambda body: (200, b" " * (MAX_WORDS_BYTES + 1))
+    with pytest.raises(StorageError, match="is over 1048576 bytes"):
+        endpoint(url_of(server), "small")("a dog")
 
 
 def test_a_key_that_was_read_with_its_line_end_serves_and_one_that_is_none_is_not_shown(server):

@@ -66,6 +66,8 @@ def test_a_shape_is_counted_once():
     assert meter.counted((3, 4), work) == (1, 120)
     assert meter.counted((3, 4), lambda: 7) == (7, 120)
     assert meter.counted((9, 9), work) == (2, 120)
+    assert meter.counted((1, 1), work, rehearse=lambda: 5) == (3, 5)
+    assert meter.counted((2, 2), work, rehearse=lambda: None) == (4, 120)
 
 
 def test_figures_are_rates_since_the_last_reading_without_pauses(monkeypatch):
