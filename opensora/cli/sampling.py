@@ -169,7 +169,8 @@ def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict
         ask = refine.local(asked.refine) if local else None
         ask = ask or refine.endpoint(asked.refine, asked.refine_model)
         prompts = [prompt for _, line in lines for prompt in line.prompts]
-        known = refine.remembered(ask, asked.output / "refined.json", prompts)
+        by = str(Path(asked.refine).resolve()) if local else asked.refine_model
+        known = refine.remembered(ask, asked.output / "refined.json", prompts, by=by)
     return place.gather_objects(known)[0]
 
 

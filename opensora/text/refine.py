@@ -128,25 +128,33 @@ def messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
 
 
-def remembered(refine: Refine, path: Path, prompts: Iterable[str]) -> dict[str, str]:
+def remembered(refine: Refine, path: Path, prompts: Iterable[str], *, by: str) -> dict[str, str]:
     """Prompt -> its long form, of which those in the file at `path` are not asked for again.
 
     Every answer is written down as it comes, so that a stopped call goes on, and the same call
     draws the same videos.
 
+    Args:
+        by: the name of the language model, which the file has to agree with.
+
     Raises:
         DataError: the file is damaged.
+        UsageError: it has the answers of another model.
     """
     known: dict[str, str] = {}
     if path.exists():
         try:
-            known = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            author, known = tree["by"], dict(tree["prompts"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path} cannot be read ({error}): remove it") from None
+        if author != by:
+            raise UsageError(f"{path} was written by '{author}', not '{by}': remove it")
     for prompt in prompts:
         if prompt not in known:
             known[prompt] = refine(prompt)
-            text = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+            tree = {"by": by, "prompts": known}
+            text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, text.encode())
     return known

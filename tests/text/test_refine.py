@@ -163,18 +163,20 @@ def test_a_prompt_is_asked_for_once_and_what_is_known_survives(tmp_path):
 
     path = tmp_path / "out/refined.json"
     with pytest.raises(StorageError):
-        remembered(ask, path, ["a", "b", "a", "c"])
+        remembered(ask, path, ["a", "b", "a", "c"], by="small")
     assert asked == ["a", "b", "c"]
-    assert remembered(ask, path, ["b", "a"]) == {"a": "A", "b": "B"}
+    assert remembered(ask, path, ["b", "a"], by="small") == {"a": "A", "b": "B"}
     assert asked == ["a", "b", "c"]
+    with pytest.raises(UsageError, match="written by 'small', not 'large'"):
+        remembered(ask, path, ["a"], by="large")
 
 
-@pytest.mark.parametrize("content", ["{", "3", "\xff"])
+@pytest.mark.parametrize("content", ["{", "3", "{}", "\xff"])
 def test_damaged_answers_are_told(content, tmp_path):
     path = tmp_path / "refined.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=r"refined\.json cannot be read"):
-        remembered(str.upper, path, ["a"])
+        remembered(str.upper, path, ["a"], by="small")
 
 
 def test_a_local_language_model_answers(tmp_path):
