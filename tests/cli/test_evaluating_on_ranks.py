@@ -79,8 +79,14 @@ def test_a_suite_in_training_is_that_of_the_checkpoint_and_leaves_nothing(suite,
         alone = json.loads((output / "scores.json").read_text())
         found = json.loads((judged / "evaluation" / name / "scores.json").read_text())
         assert "settings" in found and len(found) > 1
+        # Where DeepSpeed gathers weights they lie elsewhere in memory, and last bits of products
+        # depend on that: one of four videos has other pixels, which moves its MSE by 6e-4 of it.
+        near = 1e-2 if (suite, engine) == ("physics", "deepspeed 3") else 0.0
         for group in found.keys() - {"settings"}:
-            assert found[group] == alone[group], (step, group)
+            assert found[group].keys() == alone[group].keys()
+            for metric, estimate in found[group].items():
+                wanted = pytest.approx(alone[group][metric], rel=near, abs=0)
+                assert estimate == wanted, (step, group, metric)
     records = read_records(judged / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [1, 2, 3]
 
