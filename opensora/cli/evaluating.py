@@ -12,6 +12,7 @@ from opensora.cli.sampling import pipeline_of
 from opensora.config import Config
 from opensora.errors import UsageError, did_you_mean
 from opensora.evaluate.suite import Subject, groups
+from opensora.runtime import Runtime
 from opensora.train.config import EvaluationConfig, TrainConfig
 from opensora.train.tasks import Task
 from opensora.train.trainer import Evaluator
@@ -33,14 +34,21 @@ def check(wanted: EvaluationConfig) -> Config:
 def evaluator_for(config: TrainConfig) -> Evaluator:
     """The function that judges a text-to-video task in training.
 
-    It writes to `evaluation/step-N` of the run, and returns `group/metric` -> mean.
+    It writes to `evaluation/step-N` of the run, and returns `group/metric` -> mean; ranks that
+    write no scores may return {}.
     """
     settings, suite = check(config.evaluation), SUITES[config.evaluation.suite]
 
     def evaluate(
-        task: Task, step: int, folder: Path, shape: dict[str, Any], *, alive: Callable[[], None]
+        task: Task,
+        step: int,
+        folder: Path,
+        shape: dict[str, Any],
+        *,
+        place: Runtime,
+        alive: Callable[[], None],
     ) -> dict[str, float]:
-        subject = Subject(pipeline_of(task, step, shape))
+        subject = Subject(pipeline_of(task, step, shape), place=place)
         output = folder / "evaluation" / f"step-{step:06d}"
         results = suite.run(subject, settings, output, lambda *progress: alive())
         return {

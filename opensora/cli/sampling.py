@@ -197,10 +197,13 @@ def sampler_for(config: TrainConfig) -> Sampler:
         guidance=GuidanceConfig(scale=wanted.guidance_scale),
     )
 
-    def sample(task: Task, step: int, output: Path, shape: dict[str, Any]) -> None:
+    def sample(
+        task: Task, step: int, output: Path, shape: dict[str, Any], *, place: Runtime
+    ) -> None:
         folder = output / "samples" / f"step-{step:06d}"
         work = samples.jobs(wanted.prompts, seed=config.seed)
-        samples.draw(pipeline_of(task, step, shape), work, folder, sampling=settings)
+        pipeline = pipeline_of(task, step, shape)
+        samples.draw(pipeline, work, folder, sampling=settings, place=place)
 
     return sample
 

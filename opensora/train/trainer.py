@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from opensora.engine.interface import Engine, Update
-from opensora.errors import DataError, OpensoraError, Preempted
+from opensora.errors import DataError, Preempted
 from opensora.runtime import Runtime, log
+from opensora.train import aside
 from opensora.train.bar import Bar
 from opensora.train.batches import (
     Batches,
@@ -41,7 +40,7 @@ from opensora.train.tracking import Tracker
 from opensora.train.validation import averaged, measure
 from opensora.watchdog import Watchdog
 
-Sampler = Callable[[Task, int, Path, dict[str, Any]], dict[str, float] | None]
+Sampler = Callable[..., dict[str, float] | None]
 Evaluator = Callable[..., dict[str, float] | None]
 
 _FINISHING_BATCHES = 8
@@ -54,7 +53,7 @@ class Trainer:
     Args:
         engine: has taken charge of the task already.
         requests: what signals ask for; nothing by default.
-        sampler: draws sample videos into the run's folder, on rank 0.
+        sampler: (task, step, folder, shape, place) draws sample videos into the run's folder.
         evaluator: judges the task as the sampler draws from it, told by `alive` when it gets on;
             returns figures to record.
         matmul_rate: FLOP/s that the devices of all ranks reach together.
@@ -325,31 +324,20 @@ class Trainer:
             self.tracker.record("evaluation", self.progress.step, values)
 
     def _aside(self, work: Sampler | None) -> dict[str, float] | None:
-        """Work on the averaged weights between two steps, on rank 0; the others take part where
-        every call of the model needs them as well."""
+        """Work on the averaged weights between two steps."""
         if work is None:
             return None
         self._at("samples", long=True)
-        values = None
+        step, shape = self.progress.step, self.progress.shape
+        do = aside.by_all if self.engine.collective else aside.shared
         with averaged(self.task, self.ema):
-            if self.runtime.is_main:
-                values = self._tried(work)
-            elif self.engine.collective:
-                with TemporaryDirectory() as nowhere:
-                    work(self.task, self.progress.step, Path(nowhere), self.progress.shape)
+            values = do(
+                lambda output, place: work(self.task, step, output, shape, place=place),
+                self.config.output,
+                self.runtime,
+            )
         self.runtime.barrier()
         return values
-
-    def _tried(self, work: Sampler) -> dict[str, float] | None:
-        """What the work gives. A disk that refuses it, or a suite that cannot judge, ends the run
-        only where other ranks take part in every call and could not know where this one stopped."""
-        try:
-            return work(self.task, self.progress.step, self.config.output, self.progress.shape)
-        except OpensoraError as error:
-            if self.engine.collective:
-                raise
-            log.error("%s; training goes on without it", error)
-            return None
 
     def _finish(self) -> None:
         """The task's last measurements, the last figures, and the final checkpoint."""

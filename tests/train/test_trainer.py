@@ -129,7 +129,7 @@ def test_samples_are_drawn_when_they_are_due_and_at_the_end(tmp_path):
     """Also where there is no validation."""
     calls = []
 
-    def sampler(task, step, output, shape):
+    def sampler(task, step, output, shape, *, place):
         calls.append((step, task.training, output.name, shape["num_frames"]))
 
     config = tiny(
