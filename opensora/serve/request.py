@@ -133,8 +133,8 @@ def check(
     _within("size", work, bounds.work, what="width x height x frames x steps")
     try:
         latent_frames = pipeline.latent_shape(shape)[1]
-    except UsageError as error:
-        raise Refusal("invalid_value", str(error), param="size") from None
+    except UsageError:
+        raise _misfit(shape, multiples(pipeline)) from None
     if with_picture and latent_frames < 2:
         raise Refusal(
             "invalid_value",
@@ -144,6 +144,26 @@ def check(
     seed = secrets.randbelow(2**31) if fields.seed is None else fields.seed
     return Asked(
         fields.prompt, fields.negative_prompt, seed, fields.steps, fields.guidance_scale, shape
+    )
+
+
+def multiples(pipeline: VideoPipeline) -> dict[str, int]:
+    """What the sides are multiples of, and the frames after the first."""
+    stride, patch = pipeline.vae.stride, pipeline.config.model.patch
+    return {
+        "width": stride[2] * patch[2],
+        "height": stride[1] * patch[1],
+        "num_frames": stride[0],
+    }
+
+
+def _misfit(shape: Shape, fits: dict[str, int]) -> Refusal:
+    return Refusal(
+        "invalid_value",
+        f"{shape.num_frames} frames of {shape.width}x{shape.height} do not fit the model: "
+        f"the width is a multiple of {fits['width']}, the height of {fits['height']}, "
+        f"and the frames are one more than a multiple of {fits['num_frames']}",
+        param="num_frames" if (shape.num_frames - 1) % fits["num_frames"] else "size",
     )
 
 

@@ -12,6 +12,7 @@ from opensora.infer.pipeline import VideoPipeline
 from opensora.serve import jobs
 from opensora.serve.config import Bounds
 from opensora.serve.jobs import Job
+from opensora.serve.request import multiples
 
 
 def video(job: Job, *, model: str, checkpoint: str, position: int | None) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def model_card(
     pipeline: VideoPipeline, *, name: str, created: int, bounds: Bounds, checkpoint: str
 ) -> dict[str, Any]:
     """The model, what it draws by default, and the bounds of a request."""
-    shape, stride, patch = pipeline.shape, pipeline.vae.stride, pipeline.config.model.patch
+    shape = pipeline.shape
     return {
         "id": name,
         "object": "model",
@@ -82,11 +83,7 @@ def model_card(
             "steps": 30,
             "guidance_scale": 3.0,
         },
-        "multiples": {
-            "width": stride[2] * patch[2],
-            "height": stride[1] * patch[1],
-            "num_frames": stride[0],
-        },
+        "multiples": multiples(pipeline),
         "bounds": {
             "prompt": bounds.prompt,
             "steps": bounds.steps,

@@ -14,7 +14,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from opensora.errors import StorageError
 from opensora.serve import jobs, uploads
+from opensora.serve.refusals import Refusal
 from tests.serve.conftest import PATIENCE, Paced, client, finished, listening, serving
 from tests.serve.test_server import wait_for
 
@@ -219,3 +221,35 @@ def test_a_video_keeps_the_command_of_the_checkpoint_that_drew_it(tmp_path):
         waits = get(other, f"/v1/videos/{asked(other).id}").json()
     assert (shown["model"], "runs/tiny" in shown["command"]) == ("tiny", True)
     assert (waits["model"], "runs/another" in waits["command"]) == ("another", True)
+
+
+def test_a_disk_that_refuses_one_record_does_not_end_the_worker(tmp_path, monkeypatch):
+    from opensora import disk
+
+    replace = disk.replace_file
+    for status in (jobs.RUNNING, jobs.COMPLETED):
+
+        def full(path, content, status=status):
+            if f'"status": "{status}"'.encode() in content:
+                raise StorageError("the disk is full")
+            replace(path, content)
+
+        with serving(tmp_path / status, Paced(free=True)) as service:
+            with monkeypatch.context() as patch:
+                patch.setattr(disk, "replace_file", full)
+                told = asyncio.run(drawn(service, asked(service).id))
+            expected = {"code": "storage", "message": "the server's disk refused the video"}
+            assert told["error"] == (expected if status == jobs.RUNNING else None)
+            assert asyncio.run(drawn(service, asked(service).id))["status"] == "completed"
+
+
+def test_a_decoder_that_is_killed_is_a_refusal_and_leaves_nothing(tmp_path, monkeypatch):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    with serving(tmp_path / "out", Paced(), started=False) as service:
+        monkeypatch.setattr(uploads.sys, "executable", str(killed))
+        with pytest.raises(Refusal, match="cannot be decoded") as refused:
+            service.create({"prompt": "x"}, b"\x89PNG\r\n\x1a\n and more")
+        assert refused.value.code == "invalid_picture"
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
