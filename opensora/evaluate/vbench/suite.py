@@ -14,11 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opensora.disk import preflight, replace_file
+from opensora.disk import preflight, reclaim, replace_file
 from opensora.errors import DataError, UsageError
 from opensora.evaluate.suite import SCORES_NAME, VALUES_NAME, Progress, Results, Subject, Suite
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
-from opensora.evaluate.vbench.config import DRAWING, DrawingConfig, I2VConfig, VBenchConfig
+from opensora.evaluate.vbench.config import (
+    DRAWING,
+    DrawingConfig,
+    I2VConfig,
+    UpstreamConfig,
+    VBenchConfig,
+)
 from opensora.evaluate.vbench.dimensions import DIMENSIONS, names
 from opensora.evaluate.vbench.ledger import Ledger
 from opensora.evaluate.vbench.prompts import Entry, Version
@@ -58,6 +64,8 @@ class Run:
         self.tools = Tools(shelf, self.subject.place.device)
         self.upstream = Upstream(self.config.upstream, self.version)
         preflight(self.output)
+        if self.subject.place.is_main:
+            reclaim(self.output)
         self.ledger = Ledger(self.output, shelf)
 
     @property
@@ -186,7 +194,8 @@ def _routes(one: Run, asked: Sequence[str]) -> tuple[list[str], list[str]]:
         elif one.upstream.lacking is None:
             there.append(name)
         else:
-            one.skipped[name] = f"{lacking} ({one.upstream.lacking})"
+            told = one.config.upstream != UpstreamConfig()  # then what is wrong with it, too
+            one.skipped[name] = f"{lacking} ({one.upstream.lacking})" if told else lacking
     return here, there
 
 
@@ -329,11 +338,22 @@ def _conclude(
         results.write_json(Path(f"{base}_eval_results.json"), results.upstream_shape(ordered))
         replace_file(one.output / VALUES_NAME, results.values(ordered, proxies))
         replace_file(one.output / SCORES_NAME, results.text(scores))
-        for name, reason in one.skipped.items():
-            log.info("skipped: %s %s", name, reason)
-        for text in warnings:
-            log.warning("%s", text)
+        _tell(one, asked, scores)
     return scores
+
+
+def _tell(one: Run, asked: Sequence[str], scores: Results) -> None:
+    """What a reader of the table must know, into the log; the warnings last."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in one.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, which in reasons.items():
+        log.info("skipped: %s: %s", ", ".join(which), reason)
+    if "total" not in scores.get("totals", {}) and set(asked) == set(names(one.version)):
+        measured = len(scores.get("vbench", {}))
+        log.info("no Total: it takes all of its dimensions, of which %d were measured", measured)
+    for text in scores["settings"]["warnings"]:
+        log.warning("%s", text)
 
 
 SUITE = Suite(VBenchConfig, _run_v1)

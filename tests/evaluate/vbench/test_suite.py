@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 
@@ -76,7 +77,10 @@ def test_every_skipped_dimension_says_what_it_needs_and_where(tmp_path, standard
     assert "raft-things.pth (21 MB" in skipped["dynamic_degree"]
     assert "download" not in skipped["dynamic_degree"]
     assert "needs VBench's own package with grit_b" in skipped["object_class"]
-    assert "has no package vbench" in skipped["object_class"]
+    assert "has no package" not in skipped["object_class"], "nobody named an interpreter"
+    upstream = {"python": sys.executable}
+    named = judge(Subject(videos=standard), tmp_path / "named", upstream=upstream)
+    assert "has no package vbench" in named["settings"]["skipped"]["object_class"]
     empty = tmp_path / "weights"
     empty.mkdir()
     again = judge(Subject(videos=standard), tmp_path / "out", weights_dir=str(empty))
@@ -161,6 +165,26 @@ def test_a_dimension_without_a_single_usable_video_has_no_score(tmp_path, fill):
     scores = judge(Subject(videos=folder), tmp_path / "out", mode="custom")
     assert "vbench" not in scores
     assert "one frame is no video" in scores["settings"]["skipped"]["temporal_flickering"]
+
+
+def test_what_lacks_the_same_is_told_in_one_line_and_no_total_is_explained(
+    tmp_path, standard, caplog
+):
+    with caplog.at_level(logging.INFO, logger="opensora"):
+        judge(Subject(videos=standard), tmp_path / "out")
+    lines = [record.getMessage() for record in caplog.records]
+    of = [line for line in lines if "grit_b" in line]
+    assert len(of) == 1
+    assert "object_class, multiple_objects, color, spatial_relationship: needs" in of[0]
+    assert "no Total: it takes all of its dimensions, of which 1 were measured" in lines
+
+
+def test_what_a_killed_call_left_half_written_is_cleared(tmp_path, standard):
+    left = tmp_path / "out" / ".scores.json.0123abcd.tmp"
+    left.parent.mkdir()
+    left.write_text("{")
+    judge(Subject(videos=standard), tmp_path / "out")
+    assert [p.name for p in left.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_subsets_say_that_they_are_no_protocol(tmp_path, prompts_file):
