@@ -53,6 +53,15 @@ class Team:
         parts = [(batch, channels, count, *size) for count in shares(frames, group.size)]
         return torch.cat(group.all_gather(mine, parts), dim=2)
 
+    def agree(self, here: bool, device: torch.device) -> bool:
+        """Whether all ranks that share frames say so: they call the model as often as each other.
+        Collective."""
+        group = self.sequence.groups(self.sequence.most).flat
+        if group is None:
+            return here
+        mine = torch.tensor([int(here)], device=device)
+        return all(int(vote) for vote in group.all_gather(mine, [(1,)] * group.size))
+
     def spread(self, branches: Sequence[Branch], like: Tensor) -> list[Tensor]:
         """The estimate of every branch; each rank computes its own, one after the other."""
         group = self.branches

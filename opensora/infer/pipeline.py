@@ -323,7 +323,8 @@ class VideoPipeline:
             branches = 3 if sampling.guidance.frames_scale != 1 else 2
             rows, words = branches * len(cond), cond.tokens.shape[1]
             size, model = self.latent_shape(shape), self.config.model
-            options["batched"] = shares_a_call(model, size, rows, words, self.free)
+            fits = shares_a_call(model, size, rows, words, self.free)
+            options["batched"] = fits if self.team is None else self.team.agree(fits, self.device)
         return guidance.classifier_free(
             self.process.denoiser(partial(self._predict, team=self.team)),
             cond,

@@ -203,14 +203,13 @@ def _settled(
     if pipeline.savings.decode.tile != "auto":
         return pipeline, pipeline.savings.decode.tile
     known = next((record["tiled"] for record in _lines(folder / RECORD_NAME)), None)
-    found = pipeline.decoding(shape, rows, tiled=known).tile is True
-    tiled = any(place.gather_objects(found))
-    way = pipeline.decoding(shape, rows, tiled=tiled)
+    ways = place.gather_objects(pipeline.decoding(shape, rows, tiled=known))
+    way = max(ways, key=lambda way: (way.tile is True, way.chunk is not None))
     if tell and told(way):
         tell(told(way))
     pipeline = copy(pipeline)
     pipeline.savings = pipeline.savings.model_copy(update={"decode": way})
-    return pipeline, tiled
+    return pipeline, way.tile is True
 
 
 def _drawn_with(pipeline: VideoPipeline, options: dict[str, Any]) -> dict[str, Any]:

@@ -90,3 +90,15 @@ def test_what_is_compared_is_not_the_same_everywhere(alone):
     ways = [alone(way, cache) for way in ("prompts", "weaker") for cache in (None, CACHE)]
     for number, one in enumerate(ways):
         assert not any(torch.allclose(one, other, atol=1e-3) for other in ways[:number])
+
+
+def test_ranks_with_more_memory_and_with_less_call_the_model_as_often(alone):
+    """Otherwise one would wait in an exchange that the other has not come to."""
+    every = [pipeline_of("prompts", team) for team in teams(2, 1)]
+    every[0].budget = 0.0
+    calls = [[], []]
+    for pipeline, seen in zip(every, calls, strict=True):
+        pipeline.model.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+    for found in run(2, lambda rank: drawn("prompts", every[rank], None)):
+        torch.testing.assert_close(found, alone("prompts", None), atol=1e-4, rtol=1e-4)
+    assert len(calls[0]) == len(calls[1]) == 8  # four steps, two branches each
