@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from opensora.errors import UsageError
+from opensora.errors import CheckpointError, UsageError
+from opensora.store import ASK_FOR
 
 # What is drawn, and how.
 Checkpoint = Annotated[Path, typer.Argument(help="run, checkpoints folder or checkpoint")]
@@ -18,7 +19,14 @@ Prompts = Annotated[list[str] | None, typer.Argument(help="prompts, one video ea
 File = Annotated[
     Path | None, typer.Option("--file", help="prompts from a .txt or a .csv column `text`")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="folder")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="folder; by default one of its own for these samples, in outputs/samples",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; each has its own")]
 PerPrompt = Annotated[int, typer.Option(min=1, help="videos for each prompt")]
 Steps = Annotated[int, typer.Option(min=1, help="sampling steps")]
@@ -41,7 +49,9 @@ Given = Annotated[int | None, typer.Option(min=1, help="frames given of a video"
 Loop = Annotated[bool, typer.Option("--loop", help="end with the first picture")]
 Keyframe = Annotated[list[Path] | None, typer.Option(help="pictures to pass, in order")]
 Edit = Annotated[Path | None, typer.Option(help="video to change")]
-Strength = Annotated[float, typer.Option(min=0.01, max=1, help="how much to change it")]
+Strength = Annotated[
+    float | None, typer.Option(min=0.01, max=1, help="how much to change it; 0.6 by default")
+]
 PictureFirst = Annotated[
     bool, typer.Option("--picture-first", help="draw a picture, then the video from it")
 ]
@@ -56,7 +66,9 @@ Resolution = Annotated[str | None, typer.Option(help="such as 240p, 256px")]
 Aspect = Annotated[str | None, typer.Option(help="width:height, such as 16:9")]
 Fps = Annotated[float | None, typer.Option(min=0.01, help="frames per second")]
 Long = Annotated[str | None, typer.Option(help="windows or pyramid: any number of --frames")]
-Overlap = Annotated[int, typer.Option(min=1, help="latent frames that windows share")]
+Overlap = Annotated[
+    int | None, typer.Option(min=1, help="latent frames that windows share; 2 by default")
+]
 
 # Words that are added.
 Aesthetic = Annotated[float | None, typer.Option(help="aesthetic score said in the prompt")]
@@ -73,7 +85,12 @@ RefineModel = Annotated[str, typer.Option(help="the API's name of the model")]
 
 # Where and how it runs.
 BatchSize = Annotated[int, typer.Option(min=1, help="videos at a time; changes no video")]
-Format = Annotated[str, typer.Option(help="mp4, gif, webm, or png for the first frame")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="mp4, gif, webm, or png for the first frame; mp4 by default, png of one frame"
+    ),
+]
 Grid = Annotated[bool, typer.Option("--grid", help="also a picture of all of them, grid.png")]
 Offload = Annotated[bool, typer.Option("--offload", help="weights wait on the host")]
 Quantize = Annotated[str, typer.Option(help="weights of the blocks: int8, fp8, or none")]
@@ -95,7 +112,7 @@ def sample(
     checkpoint: Checkpoint,
     prompts: Prompts = None,
     file: File = None,
-    output: Output = Path("outputs/samples"),
+    output: Output = None,
     seed: Seed = 0,
     per_prompt: PerPrompt = 1,
     steps: Steps = 30,
@@ -113,7 +130,7 @@ def sample(
     loop: Loop = False,
     keyframe: Keyframe = None,
     edit: Edit = None,
-    strength: Strength = 0.6,
+    strength: Strength = None,
     picture_first: PictureFirst = False,
     reference: Reference = "",
     mask_strategy: MaskStrategy = "",
@@ -124,14 +141,14 @@ def sample(
     aspect: Aspect = None,
     fps: Fps = None,
     long: Long = None,
-    overlap: Overlap = 2,
+    overlap: Overlap = None,
     aesthetic: Aesthetic = None,
     motion: Motion = None,
     camera: Camera = None,
     refine: Refine = "",
     refine_model: RefineModel = "",
     batch_size: BatchSize = 8,
-    format: Format = "mp4",
+    format: Format = None,
     grid: Grid = False,
     offload: Offload = False,
     quantize: Quantize = "none",
@@ -146,11 +163,14 @@ def sample(
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint} does not exist: {ASK_FOR}; nothing is downloaded")
     from opensora.cli.asked import Frames, Size, Words
     from opensora.cli.sampling import Asked, draw
     from opensora.cli.speed import cache_tree, savings_tree
 
     guided = {"scale": guidance, "rescale": rescale}
+    suffix = format and f".{format.lstrip('.')}"
     spared = cache_tree(cache, cache_threshold)
     asked = Asked(
         Words(texts, file, reference, mask_strategy, aesthetic, motion, camera),
@@ -158,7 +178,7 @@ def sample(
         Size(frames, height, width, fps, resolution, aspect),
         output, seed, per_prompt,
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
-        negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
+        negative, batch_size, suffix, not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model, grid,
         savings_tree(offload, quantize, tile_vae, decode_chunk),
     )  # fmt: skip

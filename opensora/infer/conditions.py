@@ -69,7 +69,11 @@ class Given:
         if not 0 <= at < total:
             raise UsageError(f"frames are given at {self.at} of a video of {total} latent frames")
         if not 0 <= start < own:
-            raise UsageError(f"frames from {self.start} on are given of {own} latent frames")
+            wanted = f"the last {-self.start}" if self.start < 0 else f"those from {self.start} on"
+            raise UsageError(
+                f"{wanted} latent frames are given of a video that has {own} ({len(self.frames)} "
+                "frames at the rate of the one to draw): give fewer, or a longer video"
+            )
         count = min(total - at, own - start, self.count or total)
         return slice(at, at + count)
 

@@ -1,11 +1,12 @@
 """A folder of samples: resumable, of one kind, and with names that harm nobody."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from opensora.errors import DataError, UsageError
+from opensora.errors import DataError, StorageError, UsageError
 from opensora.infer import samples
 from opensora.infer.pipeline import Sample, SamplingConfig
 from opensora.infer.samples import draw, jobs, read_prompts, read_records
@@ -122,6 +123,34 @@ def test_samples_drawn_differently_are_not_mixed(change, told, painter, tmp_path
     with pytest.raises(UsageError, match=rf"drawn differently \({told}.*choose another folder"):
         draw(painter, options.pop("work"), tmp_path, **options)
     assert names(tmp_path) == before
+
+
+def test_the_words_of_a_line_name_its_file(painter, tmp_path):
+    work = jobs(['A car. {"mask_strategy": "0"}', "|0|day|1|night", 'a {"b'], seed=0)
+    work = [replace(job, told=("x",)) for job in work]
+    records = draw(painter, work, tmp_path, sampling=QUICK)
+    assert [r["file"] for r in records] == ["0000-a-car.mp4", "0001-day-night.mp4", "0002-a-b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"caf\xe9", "save it as UTF-8"),
+        ("a.jsonl", b'{"text": "a dog"}', "a .txt, one a line, or a .csv"),
+        ("a.csv", b"path;text\nx;a dog\n", "Separate columns by commas"),
+    ],
+)
+def test_files_that_hold_no_prompts_as_they_are_say_how_to_mend_them(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        read_prompts(tmp_path / name)
+
+
+def test_a_folder_that_takes_no_files_is_found_out_before_anything_is_drawn(painter, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        draw(painter, jobs(["a dog"], seed=0), tmp_path / "file", sampling=QUICK)
+    assert painter.drawn == []
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webm"])
