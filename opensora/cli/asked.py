@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,26 @@ from pathlib import Path
 from opensora.data.buckets import frame_sizes, num_pixels
 from opensora.errors import UsageError
 from opensora.infer import samples
-from opensora.infer.conditions import Reference
+from opensora.infer.conditions import Reference, check_reference
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line, parse, with_scores
 from opensora.infer.samples import Job
 from opensora.media.picture import is_picture
-from opensora.media.source import check_file
 
 _STRENGTH = 0.6  # of an edit
+
+
+def _typed(text: str) -> str:
+    """A prompt as it was typed: Python leaves what the locale does not know in surrogates."""
+    try:
+        text.encode()
+        return text
+    except UnicodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise UsageError(f"the prompt {text!a} is no UTF-8 text") from None
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,8 @@ class Words:
         for text in self.prompts:
             if Path(text).suffix.lower() in samples.PROMPT_FILES and Path(text).is_file():
                 raise UsageError(f"{text} is a file; for the prompts in it: --file {text}")
-        texts = samples.read_prompts(self.file) if self.file is not None else self.prompts
+        typed = [_typed(text) for text in self.prompts]
+        texts = samples.read_prompts(self.file) if self.file is not None else typed
         options = {"reference_path": self.reference, "mask_strategy": self.mask_strategy}
         return [(text, parse(text, **options)) for text in texts]
 
@@ -97,7 +111,7 @@ class Frames:
         """
         self._check()
         for path in filter(None, (self.first, self.last, self.edit, *self.keyframes)):
-            check_file(path)
+            check_reference(path)
         found = []
         if self.edit is not None:
             found.append(Reference(str(self.edit), level=self.strength or _STRENGTH))

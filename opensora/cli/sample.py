@@ -98,6 +98,7 @@ TileVae = Annotated[bool, typer.Option("--tile-vae", help="decode in tiles")]
 DecodeChunk = Annotated[int | None, typer.Option(min=1, help="latent frames decoded at a time")]
 RawWeights = Annotated[bool, typer.Option(help="the last weights rather than their average")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
+Dtype = Annotated[str, typer.Option(help="arithmetic of the denoiser: fp32, bf16, fp16")]
 Attention = Annotated[str, typer.Option(help="auto, or a backend that `opensora doctor` finds")]
 Share = Annotated[
     str,
@@ -156,6 +157,7 @@ def sample(
     decode_chunk: DecodeChunk = None,
     raw_weights: RawWeights = False,
     device: Device = "auto",
+    dtype: Dtype = "fp32",
     attention: Attention = "auto",
     share: Share = "prompts",
 ) -> None:
@@ -180,6 +182,6 @@ def sample(
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
         negative, batch_size, suffix, not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model, grid,
-        savings_tree(offload, quantize, tile_vae, decode_chunk),
+        savings_tree(offload, quantize, tile_vae, decode_chunk), dtype,
     )  # fmt: skip
     draw(checkpoint, asked)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import torch
 
 from opensora import config as configs
 from opensora import runtime
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # training takes a second to import, and sampling none of it
 OUTPUT = Path("outputs/samples")
 GRID = "grid.png"
 GRID_COLUMNS = 6
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
 
@@ -62,6 +64,7 @@ class Asked:
         grid: write `grid.png`, a row of frames for each video, or all pictures.
         refine: endpoint or folder of a language model that writes prompts out.
         savings: tree of `SavingsConfig`.
+        dtype: one of DTYPES, the arithmetic of the denoiser.
     """
 
     words: Words
@@ -86,6 +89,7 @@ class Asked:
     refine_model: str = ""
     grid: bool = False
     savings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "fp32"
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
@@ -142,9 +146,12 @@ def _pipeline(
     """The checkpoint on its device, with what it is guided by and the ranks that it shares with."""
     load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
     pipeline = load(checkpoint)
+    if asked.dtype != "fp32":  # said as quantize says it, so that samples are not taken for others
+        pipeline.dtype = DTYPES[asked.dtype]
+        pipeline.fingerprint = f"{pipeline.fingerprint} {asked.dtype}".strip()
     put(pipeline, savings, place.device)
     if asked.weaker is not None:
-        pipeline.weaker = load(asked.weaker).to(place.device)
+        pipeline.weaker = load(asked.weaker).to(place.device, pipeline.dtype)
     model = pipeline.config.model
     select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
     pipeline.team = team_of(asked.share, place, pipeline.model)
@@ -230,6 +237,7 @@ def _checked(asked: Asked) -> SamplingConfig:
         ("attention", asked.attention, get_args(AttentionChoice)),
         ("long", asked.long, (None, *LONG)),
         ("share", asked.share, SHARING),
+        ("dtype", asked.dtype, DTYPES),
     ):
         if value not in choices:
             known = [choice for choice in choices if choice]

@@ -164,6 +164,29 @@ def test_a_file_of_prompts_is_not_drawn_as_a_prompt(tmp_path):
         Words([str(file)]).read()
 
 
+def test_arithmetic_of_the_denoiser_can_be_chosen(run, tmp_path):
+    plain, narrow = (sample(run, tmp_path / d, "--dtype", d)[0] for d in ("fp32", "bf16"))
+    assert not np.array_equal(plain, narrow)
+    assert np.abs(plain.astype(int) - narrow).mean() < 8
+    assert read_records(tmp_path / "bf16")[0]["weights"].endswith(" bf16")
+
+
+def test_prompts_are_utf8_whatever_the_locale_says():
+    typed = "caf\u00e9 一".encode().decode("ascii", "surrogateescape")
+    ((text, _),) = Words([typed]).read()
+    assert text == "caf\u00e9 一"
+    with pytest.raises(UsageError, match="no UTF-8 text"):
+        Words([b"caf\xe9".decode("utf-8", "surrogateescape")]).read()
+
+
+@pytest.mark.parametrize("name", ["https://example.com/a.png", "a.tiff", "a.heic"])
+def test_what_frames_are_not_read_from_is_said_to_be_so(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(Path(name).name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"nothing is downloaded|picture that is not read"):
+        Frames(first=Path(name)).references(5, 4)
+
+
 def test_a_video_may_be_any_number_of_frames_long(run, tmp_path):
     for kind, overlap in (("windows", ("--overlap", 1)), ("pyramid", ())):
         options = ("--long", kind, "--frames", 22, *overlap)
@@ -209,6 +232,8 @@ def test_any_key_of_the_sampling_config_can_be_set(run, tmp_path, picture):
         (["--refine-model", "small"], "give both"),
         (["--share", "sequence"], "torchrun"),
         (["--frames", "6"], "--frames 5 or 9"),
+        (["--num-frames", "5"], "here it is --frames"),
+        (["--dtype", "fp8"], "--dtype fp8 is unknown"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run, options, told, tmp_path, capsys):
