@@ -32,6 +32,7 @@ from opensora.runtime import ALONE, Runtime
 
 RECORD_NAME = "samples.jsonl"
 PROMPT_FILES = (".txt", ".csv")
+Options = dict[str, Any]
 Records = dict[int, dict[str, Any]]
 
 
@@ -147,13 +148,11 @@ def draw(
     """
     folder, shape = Path(folder), shape or pipeline.shape
     pipeline.latent_shape(shape)
-    options: dict[str, Any] = {"sampling": sampling, "shape": shape}
-    options["negative_prompt"] = negative_prompt
+    options: Options = {"sampling": sampling, "shape": shape, "negative_prompt": negative_prompt}
     settings = settings_of(
         pipeline, **options, long=long, num_frames=num_frames, picture_first=picture_first
     )
-    if callback is not None:
-        options["callback"] = callback
+    options |= {} if callback is None else {"callback": callback}
     _check(work, long=long is not None, picture_first=picture_first)
     together = place.world_size > 1 and pipeline.team is not None
     wanted = {job.index: job for job in work}
@@ -187,6 +186,8 @@ def draw(
     if place.world_size > 1 and not together:
         place.barrier()
         done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
+        if progress:
+            progress(len(work), len(work))
     return [done[job.index] for job in work]
 
 

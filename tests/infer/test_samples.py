@@ -11,6 +11,7 @@ from opensora.infer import samples
 from opensora.infer.pipeline import Sample, SamplingConfig
 from opensora.infer.samples import draw, jobs, read_prompts, read_records
 from opensora.media.read import read_clip
+from tests.evaluate.vbench.ranks import on_ranks
 from tests.infer.conftest import SHAPE, build_pipeline
 
 QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 1}})
@@ -247,3 +248,17 @@ def test_a_folder_without_samples_is_told(tmp_path):
     (tmp_path / samples.RECORD_NAME).write_text(json.dumps({})[:1])
     with pytest.raises(DataError, match="holds no samples"):
         read_records(tmp_path)
+
+
+def test_progress_of_ranks_that_share_prompts_ends_at_all_of_them(tmp_path):
+    told: list[tuple[int, int]] = []
+
+    def run(place):
+        progress = (lambda done, total: told.append((done, total))) if place.is_main else None
+        draw(
+            Painter(), jobs(PROMPTS, seed=0), tmp_path, sampling=QUICK, place=place,
+            progress=progress,
+        )  # fmt: skip
+
+    on_ranks(2, run)
+    assert told[-1] == (len(PROMPTS), len(PROMPTS))
