@@ -58,6 +58,9 @@ def preflight(folder: str | Path, *, num_bytes: int = 0) -> None:
         StorageError: with the free and the needed space, or the reason it cannot be written.
     """
     folder = Path(folder).absolute()
+    taken = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not taken.is_dir():
+        raise StorageError(f"{taken} is a file: choose another folder")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = leftover_name(folder / "probe", "tmp")

@@ -35,6 +35,7 @@ from opensora.disk import (
 from opensora.errors import DataError, OpensoraError, StorageError, UsageError
 
 FORMAT_VERSION = 1
+ASK_FOR = "give a run folder, its checkpoints/ or one checkpoints/step-N/"
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,26 @@ from pathlib import Path
 from opensora.data.buckets import frame_sizes, num_pixels
 from opensora.errors import UsageError
 from opensora.infer import samples
-from opensora.infer.conditions import Reference
+from opensora.infer.conditions import Reference, check_reference
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line, parse, with_scores
 from opensora.infer.samples import Job
 from opensora.media.picture import is_picture
-from opensora.media.source import check_file
 
-STRENGTH = 0.6
+STRENGTH = 0.6  # of an edit
+
+
+def _typed(text: str) -> str:
+    """A prompt as it was typed: Python leaves what the locale does not know in surrogates."""
+    try:
+        text.encode()
+        return text
+    except UnicodeError:
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise UsageError(f"the prompt {text!a} is no UTF-8 text") from None
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,11 @@ class Words:
         Raises:
             UsageError: a file that cannot be read, or a line that makes no sense.
         """
-        texts = samples.read_prompts(self.file) if self.file is not None else self.prompts
+        for text in self.prompts:
+            if Path(text).suffix.lower() in samples.PROMPT_FILES and Path(text).is_file():
+                raise UsageError(f"{text} is a file; for the prompts in it: --file {text}")
+        typed = [_typed(text) for text in self.prompts]
+        texts = samples.read_prompts(self.file) if self.file is not None else typed
         options = {"reference_path": self.reference, "mask_strategy": self.mask_strategy}
         return [(text, parse(text, **options)) for text in texts]
 
@@ -99,7 +116,7 @@ class Frames:
         """
         self._check()
         for path in filter(None, (self.first, self.last, self.edit, *self.keyframes)):
-            check_file(path)
+            check_reference(path)
         found = []
         if self.edit is not None:
             level = STRENGTH if self.strength is None else self.strength
@@ -117,7 +134,13 @@ class Frames:
     def _count(self, latents: int, stride: int) -> int:
         if self.num_given is None:
             return max(1, latents // 4)
-        return 1 + max(0, self.num_given - 1) // stride
+        count = 1 + (self.num_given - 1) // stride
+        if count >= latents:
+            raise UsageError(
+                f"--given {self.num_given} leaves nothing to draw of {1 + stride * (latents - 1)} "
+                "frames; give fewer, or ask for more --frames"
+            )
+        return count
 
     def _check(self) -> None:
         if self.loop and self.first is None:
@@ -126,6 +149,11 @@ class Frames:
             raise UsageError("--loop ends with the first picture: leave out --last")
         if self.drawn and (self.first or self.last or self.edit or self.keyframes):
             raise UsageError("--picture-first draws the first picture: give no frames beside it")
+        videos = [p for p in (self.first, self.last) if p is not None and not is_picture(p)]
+        if self.num_given is not None and not videos:
+            raise UsageError("--given counts frames of a video: give one as --first or --last")
+        if self.strength is not None and self.edit is None:
+            raise UsageError("--strength is how much --edit changes a video: give both")
         if len(self.keyframes) == 1:
             raise UsageError("give two or more --keyframe, or one picture as --first or --last")
 
@@ -170,20 +198,46 @@ class Size:
     resolution: str | None = None
     aspect: str | None = None
 
-    def shape(self, pipeline: VideoPipeline) -> Shape:
+    def shape(self, pipeline: VideoPipeline, *, any_length: bool = False) -> Shape:
         """The shape of the videos.
 
+        Args:
+            any_length: frames are those of a long video.
+
         Raises:
-            UsageError: sizes that contradict each other or have no such form.
+            UsageError: sizes that contradict each other, have no such form, or do not fit the
+                model.
         """
         known = {"num_frames": self.num_frames, "fps": self.fps}
         known |= {"height": self.height, "width": self.width}
         shape = replace(pipeline.shape, **{k: v for k, v in known.items() if v is not None})
-        if self.resolution is None and self.aspect is None:
-            return shape
-        if self.height is not None or self.width is not None:
-            raise UsageError("give --height and --width, or --resolution and --aspect, not both")
-        trained = pipeline.shape
+        (time, *stride), (_, *patch) = pipeline.vae.stride, pipeline.config.model.patch
+        multiple = (stride[0] * patch[0], stride[1] * patch[1])
+        if self.resolution is not None or self.aspect is not None:
+            if self.height is not None or self.width is not None:
+                raise UsageError(
+                    "give --height and --width, or --resolution and --aspect, not both"
+                )
+            height, width = self._named(pipeline.shape, multiple)
+            shape = replace(shape, height=height, width=width)
+        if not any_length and (shape.num_frames - 1) % time:
+            below = shape.num_frames - (shape.num_frames - 1) % time
+            raise UsageError(
+                f"{shape.num_frames} frames do not fit the model, which draws 1 + {time} k: give "
+                f"--frames {below} or {below + time}, or any number with --long"
+            )
+        sides = zip((shape.height, shape.width), multiple, strict=True)
+        near = [max(1, round(side / unit)) * unit for side, unit in sides]
+        if near != [shape.height, shape.width]:
+            raise UsageError(
+                f"a height of {shape.height} and a width of {shape.width} do not fit the model, "
+                f"whose sides are multiples of {multiple[0]} and {multiple[1]}: give --height "
+                f"{near[0]} --width {near[1]}"
+            )
+        return shape
+
+    def _named(self, trained: Shape, multiple: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a resolution and an aspect ratio."""
         try:
             area = trained.height * trained.width * 1.0
             area = num_pixels(self.resolution) if self.resolution else area
@@ -191,15 +245,14 @@ class Size:
             wide, high = (float(part) for part in aspect.split(":"))
             if not (0 < wide < 1e6 and 0 < high < 1e6):
                 raise ValueError(f"the aspect ratio {aspect} is not positive")
-        except ValueError as error:
+        except ValueError:
             raise UsageError(
                 f"--resolution {self.resolution or 'as trained'}, --aspect "
-                f"{self.aspect or 'as trained'}: write 240p or 256px, and 16:9 ({error})"
+                f"{self.aspect or 'as trained'}: write 240p or 256px, and 16:9 (width:height); "
+                "pixels are given as --height and --width"
             ) from None
-        stride, patch = pipeline.vae.stride, pipeline.config.model.patch
-        multiple = (stride[1] * patch[1], stride[2] * patch[2])
         ((height, width),) = frame_sizes(area, (aspect,), multiple)
-        return replace(shape, height=height, width=width)
+        return height, width
 
 
 def jobs_of(

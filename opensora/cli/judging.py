@@ -13,12 +13,13 @@ from opensora import runtime, zoo
 from opensora.cli.progress import Stages
 from opensora.data.folder import SUFFIXES
 from opensora.engine import checkpoint as checkpoints
-from opensora.errors import UsageError, did_you_mean
+from opensora.errors import CheckpointError, UsageError, did_you_mean
 from opensora.evaluate import arena, fidelity, fvd, physics, validation_loss
 from opensora.evaluate.suite import Autoencoder, Results, Subject, Suite, groups
 from opensora.evaluate.vbench import suite as vbench
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.runtime import Runtime
+from opensora.store import ASK_FOR
 from opensora.train.text_to_video import load_vae
 
 SUITES: dict[str, Suite] = {
@@ -66,6 +67,8 @@ def subject_of(path: Path, place: Runtime) -> tuple[Subject, Path]:
     Raises:
         CheckpointError: neither a checkpoint nor a folder with videos.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: {ASK_FOR}, or a folder of videos")
     videos = path.is_dir() and any(f.suffix.lower() in SUFFIXES for f in path.iterdir())
     if videos and not checkpoints.committed(path / "checkpoints"):
         return Subject(videos=path, place=place), path

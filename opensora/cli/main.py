@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from opensora import __version__, interrupts
-from opensora.cli import checkpoints, data, evaluate, inspect, run, serving
+from opensora.cli import checkpoints, data, elsewhere, evaluate, inspect, run, serving
 from opensora.errors import (
     RESTARTABLE,
     OpensoraError,
@@ -115,4 +115,7 @@ def _usage(error: Any) -> str:
     if commands and message.startswith("No such command"):
         found = message.split("'")[1]
         message = f"no command '{found}'.{did_you_mean(found, commands)}"
+    option = str(getattr(error, "option_name", "")).replace("_", "-")
+    if context.command.name == "sample" and option in elsewhere.SAMPLE:
+        message = f"no option {error.option_name}: here it is {elsewhere.SAMPLE[option]}"
     return f"{message} (see: {context.command_path} --help)"

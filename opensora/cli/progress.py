@@ -45,16 +45,22 @@ class Stages:
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Show how much of a stage is done; a stage begins when it is first named."""
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Show how much of a stage is done; a stage begins when it is first named.
+
+        Args:
+            note: where in the next one it is; it alone makes no line off a terminal sooner.
+        """
         if not self.visible:
             return
         if self.live:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._tasks[stage], completed=done, total=total)
+            said = f"{stage} ({note})" if note else stage
+            self._progress.update(self._tasks[stage], completed=done, total=total, description=said)
             return
         now = time.monotonic()
-        if done == total or now - self._told.get(stage, -1e9) >= 10:
+        if (done == total and not note) or now - self._told.get(stage, -1e9) >= 10:
             self._told[stage] = now
-            print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+            told = f"{stage} {done}/{total}" + (f", {note}" if note else "")
+            print(told, file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from opensora.errors import UsageError
+from opensora.errors import CheckpointError, UsageError
+from opensora.store import ASK_FOR
 
 # What is drawn, and how.
 Checkpoint = Annotated[Path, typer.Argument(help="run, checkpoints folder or checkpoint")]
@@ -18,7 +19,14 @@ Prompts = Annotated[list[str] | None, typer.Argument(help="prompts, one video ea
 File = Annotated[
     Path | None, typer.Option("--file", help="prompts from a .txt or a .csv column `text`")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="folder")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="folder; by default one of its own for these samples, in outputs/samples",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; each has its own")]
 PerPrompt = Annotated[int, typer.Option(min=1, help="videos for each prompt")]
 Steps = Annotated[int, typer.Option(min=1, help="sampling steps")]
@@ -42,7 +50,7 @@ Loop = Annotated[bool, typer.Option("--loop", help="end with the first picture")
 Keyframe = Annotated[list[Path] | None, typer.Option(help="pictures to pass, in order")]
 Edit = Annotated[Path | None, typer.Option(help="video to change")]
 Strength = Annotated[
-    float | None, typer.Option(min=0.01, max=1, help="how much to change it, 0.6 by default")
+    float | None, typer.Option(min=0.01, max=1, help="how much to change it; 0.6 by default")
 ]
 PictureFirst = Annotated[
     bool, typer.Option("--picture-first", help="draw a picture, then the video from it")
@@ -58,7 +66,9 @@ Resolution = Annotated[str | None, typer.Option(help="such as 240p, 256px")]
 Aspect = Annotated[str | None, typer.Option(help="width:height, such as 16:9")]
 Fps = Annotated[float | None, typer.Option(min=0.01, help="frames per second")]
 Long = Annotated[str | None, typer.Option(help="windows or pyramid: any number of --frames")]
-Overlap = Annotated[int | None, typer.Option(min=1, help="latent frames that windows share, 2")]
+Overlap = Annotated[
+    int | None, typer.Option(min=1, help="latent frames that windows share; 2 by default")
+]
 
 # Words that are added.
 Aesthetic = Annotated[float | None, typer.Option(help="aesthetic score said in the prompt")]
@@ -74,8 +84,15 @@ Refine = Annotated[
 RefineModel = Annotated[str, typer.Option(help="the API's name of the model")]
 
 # Where and how it runs.
-BatchSize = Annotated[int | None, typer.Option(min=1, help="videos at a time, 8; changes no video")]
-Format = Annotated[str, typer.Option(help="mp4, gif, webm, or png for the first frame")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="videos at a time; 8 by default, and changes no video")
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="mp4, gif, webm, or png for the first frame; mp4 by default, png of one frame"
+    ),
+]
 Grid = Annotated[bool, typer.Option("--grid", help="also a picture of all of them, grid.png")]
 Offload = Annotated[bool, typer.Option("--offload", help="weights wait on the host")]
 Quantize = Annotated[str, typer.Option(help="weights of the blocks: int8, fp8, or none")]
@@ -85,6 +102,7 @@ TileVae = Annotated[
 DecodeChunk = Annotated[int | None, typer.Option(min=1, help="latent frames decoded at a time")]
 RawWeights = Annotated[bool, typer.Option(help="the last weights rather than their average")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]
+Dtype = Annotated[str, typer.Option(help="arithmetic of the denoiser: fp32, bf16, fp16")]
 Attention = Annotated[str, typer.Option(help="auto, or a backend that `opensora doctor` finds")]
 Share = Annotated[
     str,
@@ -99,7 +117,7 @@ def sample(
     checkpoint: Checkpoint,
     prompts: Prompts = None,
     file: File = None,
-    output: Output = Path("outputs/samples"),
+    output: Output = None,
     seed: Seed = 0,
     per_prompt: PerPrompt = 1,
     steps: Steps = 30,
@@ -135,7 +153,7 @@ def sample(
     refine: Refine = "",
     refine_model: RefineModel = "",
     batch_size: BatchSize = None,
-    format: Format = "mp4",
+    format: Format = None,
     grid: Grid = False,
     offload: Offload = False,
     quantize: Quantize = "none",
@@ -143,6 +161,7 @@ def sample(
     decode_chunk: DecodeChunk = None,
     raw_weights: RawWeights = False,
     device: Device = "auto",
+    dtype: Dtype = "fp32",
     attention: Attention = "auto",
     share: Share = "prompts",
 ) -> None:
@@ -150,11 +169,14 @@ def sample(
     texts = list(prompts or [])
     if bool(texts) == (file is not None):
         raise UsageError("give prompts as arguments, or a --file of them")
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint} does not exist: {ASK_FOR}; nothing is downloaded")
     from opensora.cli.asked import Frames, Size, Words
     from opensora.cli.sampling import Asked, draw
     from opensora.cli.speed import cache_tree, savings_tree
 
     guided = {"scale": guidance, "rescale": rescale}
+    suffix = format and f".{format.lstrip('.')}"
     spared = cache_tree(cache, cache_threshold)
     asked = Asked(
         Words(texts, file, reference, mask_strategy, aesthetic, motion, camera),
@@ -162,8 +184,8 @@ def sample(
         Size(frames, height, width, fps, resolution, aspect),
         output, seed, per_prompt,
         {"sampler": sampler, "schedule": {"num_steps": steps}, "guidance": guided, "cache": spared},
-        negative, batch_size, f".{format.lstrip('.')}", not raw_weights, device, attention,
+        negative, batch_size, suffix, not raw_weights, device, attention,
         settings or [], long, overlap, guide_with, share, refine, refine_model, grid,
-        savings_tree(offload, quantize, tile_vae, decode_chunk),
+        savings_tree(offload, quantize, tile_vae, decode_chunk), dtype,
     )  # fmt: skip
     draw(checkpoint, asked)

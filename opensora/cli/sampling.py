@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import torch
 
 from opensora import config as configs
 from opensora import runtime
@@ -29,18 +30,22 @@ from opensora.infer.savings import place as put
 from opensora.media.picture import is_picture, read_picture
 from opensora.media.read import read_clip
 from opensora.media.sheet import contact_sheet
-from opensora.media.write import FORMATS, write_image
+from opensora.media.write import FORMATS, slug, write_image
 from opensora.ops.backends import AttentionChoice
 from opensora.ops.selection import select
 from opensora.runtime import Runtime
 from opensora.text import refine
-from opensora.train.config import TrainConfig
-from opensora.train.tasks import Task
-from opensora.train.text_to_video import TextToVideo
-from opensora.train.trainer import Sampler
 
+if TYPE_CHECKING:  # training takes a second to import, and sampling none of it
+    from opensora.train.config import TrainConfig
+    from opensora.train.tasks import Task
+    from opensora.train.trainer import Sampler
+
+OUTPUT = Path("outputs/samples")
+GRID = "grid.png"
 GRID_COLUMNS = 6
 BATCH_SIZE = 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
 
 
@@ -54,24 +59,26 @@ class Asked:
         size: of the videos.
         sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
         long: kind of long video, or None; `overlap` of its windows in latent frames.
-        suffix: the format.
+        output: the folder; None is one of its own in `OUTPUT`.
+        suffix: the format; None is that of a picture for one frame, of a video for more.
         weaker: checkpoint to guide away from.
         share: what ranks share.
         grid: write `grid.png`, a row of frames for each video, or all pictures.
         refine: endpoint or folder of a language model that writes prompts out.
         savings: tree of `SavingsConfig`.
+        dtype: one of DTYPES, the arithmetic of the denoiser.
     """
 
     words: Words
     frames: Frames
     size: Size
-    output: Path
+    output: Path | None
     seed: int
     per_prompt: int
     sampling: dict[str, Any]
     negative_prompt: str
     batch_size: int | None
-    suffix: str
+    suffix: str | None
     averaged: bool
     device: str
     attention: str
@@ -84,6 +91,7 @@ class Asked:
     refine_model: str = ""
     grid: bool = False
     savings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "fp32"
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:
@@ -94,51 +102,94 @@ def draw(checkpoint: Path, asked: Asked) -> None:
     lines = asked.words.read()
     with runtime.taking_part(asked.device) as place:
         lines = asked.words.said(lines, refined(asked, lines, place))
-        load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
-        pipeline = load(checkpoint)
-        put(pipeline, savings, place.device)
-        if asked.weaker is not None:
-            pipeline.weaker = load(asked.weaker)
-            put(pipeline.weaker, savings, place.device)
-        model = pipeline.config.model
-        select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
-        shape = asked.size.shape(pipeline)
+        pipeline = _pipeline(checkpoint, asked, savings, place)
+        shape = asked.size.shape(pipeline, any_length=asked.long is not None)
         total = shape.num_frames
-        long = None
+        suffix = asked.suffix or (".png" if total == 1 else ".mp4")
+        how: dict[str, Any] = {"sampling": settings, "negative_prompt": asked.negative_prompt}
         if asked.long is not None:
             known = {} if asked.overlap is None else {"overlap": asked.overlap}
-            long = configs.validate(LONG[asked.long], known, where="--long")
+            how["long"] = configs.validate(LONG[asked.long], known, where="--long")
             shape = replace(shape, num_frames=pipeline.shape.num_frames)
+        how |= {"shape": shape, "num_frames": total, "picture_first": asked.frames.drawn}
         latents = pipeline.latent_shape(shape)[1]
         work = jobs_of(
             lines, asked.frames, seed=asked.seed, per_prompt=asked.per_prompt, latents=latents,
             stride=pipeline.vae.stride[0],
         )  # fmt: skip
-        pipeline.team = team_of(asked.share, place, pipeline.model)
-        with Stages(visible=place.is_main) as stages:
+        folder = asked.output
+        if folder is None:
+            folder = OUTPUT / samples.own_folder(work, samples.settings_of(pipeline, **how), suffix)
+        with Told(visible=place.is_main) as told:
             records = samples.draw(
-                pipeline,
-                work,
-                asked.output,
-                sampling=settings,
-                shape=shape,
-                negative_prompt=asked.negative_prompt,
-                batch_size=asked.batch_size or BATCH_SIZE,
-                suffix=asked.suffix,
-                long=long,
-                num_frames=total,
-                picture_first=asked.frames.drawn,
-                place=place,
-                progress=partial(stages.update, "sampling"),
+                pipeline, work, folder, **how,
+                batch_size=asked.batch_size or BATCH_SIZE, suffix=suffix, place=place,
+                progress=told.progress, callback=told.step,
                 tell=partial(print, file=sys.stderr) if place.is_main else None,
-            )
+            )  # fmt: skip
         if asked.grid:
             place.barrier()
             if place.is_main:
-                write_grid(asked.output, count=len(lines) * asked.per_prompt)
+                write_grid(folder, count=len(work))
     if place.is_main:
+        told.tell()
         for record in records:
-            print(asked.output / record["file"])
+            print(folder / record["file"])
+        if asked.grid:
+            print(folder / GRID)
+
+
+def _pipeline(
+    checkpoint: Path, asked: Asked, savings: SavingsConfig, place: Runtime
+) -> VideoPipeline:
+    """The checkpoint on its device, with what it is guided by and the ranks that it shares with."""
+    load = partial(VideoPipeline.from_pretrained, averaged=asked.averaged)
+    pipeline = load(checkpoint)
+    if asked.dtype != "fp32":  # said as quantize says it, so that samples are not taken for others
+        pipeline.dtype = DTYPES[asked.dtype]
+        pipeline.fingerprint = f"{pipeline.fingerprint} {asked.dtype}".strip()
+    put(pipeline, savings, place.device)
+    if asked.weaker is not None:
+        pipeline.weaker = load(asked.weaker)
+        pipeline.weaker.dtype = pipeline.dtype
+        put(pipeline.weaker, savings, place.device)
+    model = pipeline.config.model
+    select(asked.attention, place.device, pipeline.dtype, model.width // model.num_heads)
+    pipeline.team = team_of(asked.share, place, pipeline.model)
+    return pipeline
+
+
+class Told:
+    """What is told on stderr while samples are drawn, and after."""
+
+    def __init__(self, *, visible: bool) -> None:
+        self._stages = Stages(visible=visible)
+        self._before: int | None = None
+        self._done = self._total = 0
+
+    def __enter__(self) -> Told:
+        self._stages.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stages.__exit__(*exc)
+
+    def progress(self, done: int, total: int) -> None:
+        """As `samples.draw` calls it."""
+        self._before = done if self._before is None else self._before
+        self._done, self._total = done, total
+        self._stages.update("sampling", done, total)
+
+    def step(self, step: int, *_: object) -> None:
+        """As a pipeline calls it after each denoising step."""
+        self._stages.update("sampling", self._done, self._total, f"step {step + 1}")
+
+    def tell(self) -> None:
+        """Say what was there before."""
+        if self._before:
+            print(
+                f"{self._before} of {self._total} were drawn before and are kept", file=sys.stderr
+            )
 
 
 def write_grid(folder: Path, *, count: int) -> None:
@@ -156,7 +207,7 @@ def write_grid(folder: Path, *, count: int) -> None:
     if all(len(clip) == 1 for clip in clips):
         clips = np.concatenate(clips)
     columns = math.ceil(len(clips) ** 0.5) if isinstance(clips, np.ndarray) else GRID_COLUMNS
-    write_image(folder / "grid.png", contact_sheet(clips, columns=columns))
+    write_image(folder / GRID, contact_sheet(clips, columns=columns))
 
 
 def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict[str, str]:
@@ -170,21 +221,33 @@ def refined(asked: Asked, lines: list[tuple[str, Line]], place: Runtime) -> dict
         ask = ask or refine.endpoint(asked.refine, asked.refine_model)
         prompts = [prompt for _, line in lines for prompt in line.prompts]
         by = str(Path(asked.refine).resolve()) if local else asked.refine_model
-        known = refine.remembered(ask, asked.output / "refined.json", prompts, by=by)
+        known = refine.remembered(ask, _answers(asked), prompts, by=by)
     return place.gather_objects(known)[0]
+
+
+def _answers(asked: Asked) -> Path:
+    """Where a language model's answers are kept: beside the samples, or one file for each model."""
+    if asked.output is not None:
+        return asked.output / "refined.json"
+    return OUTPUT / f"refined-{slug(f'{asked.refine} {asked.refine_model}')}.json"
 
 
 def _checked(asked: Asked) -> SamplingConfig:
     """The settings of sampling; what can be refused before a checkpoint is read is refused here."""
     for name, value, choices in (
-        ("format", asked.suffix.lstrip("."), [f.lstrip(".") for f in FORMATS]),
+        ("format", asked.suffix and asked.suffix[1:], (None, *(f[1:] for f in FORMATS))),
         ("attention", asked.attention, get_args(AttentionChoice)),
         ("long", asked.long, (None, *LONG)),
         ("share", asked.share, SHARING),
+        ("dtype", asked.dtype, DTYPES),
     ):
         if value not in choices:
             known = [choice for choice in choices if choice]
             raise UsageError(f"--{name} {value} is unknown.{did_you_mean(str(value), known)}")
+    if asked.overlap is not None and asked.long != "windows":
+        raise UsageError("--overlap is of windows: ask for --long windows, or leave it out")
+    if asked.refine_model and not asked.refine:
+        raise UsageError("--refine-model names a model of --refine: give both, or leave it out")
     tree = configs.override(asked.sampling, asked.settings)
     return configs.validate(SamplingConfig, tree, where="sample")
 
@@ -210,6 +273,8 @@ def sampler_for(config: TrainConfig) -> Sampler:
 
 def pipeline_of(task: Task, step: int, shape: dict[str, Any]) -> VideoPipeline:
     """The pipeline of a task in training, on the task's own weights."""
+    from opensora.train.text_to_video import TextToVideo
+
     assert isinstance(task, TextToVideo), "TrainConfig allows this for no other task"
     return VideoPipeline(
         model=task.model,

@@ -69,9 +69,11 @@ def find(path: str | Path) -> Path:
         if found:
             return found[-1]
     state = "holds no complete checkpoint" if path.exists() else "does not exist"
-    raise CheckpointError(
-        f"{path} {state}: give a run folder, its checkpoints/ or one checkpoints/step-N/"
-    )
+    if (path / "model_index.json").is_file():
+        state = "is a pipeline of diffusers, which is not read yet"
+    runs = sorted(p.parent for p in path.glob("*/checkpoints") if committed(p))
+    hint = f" (there are {', '.join(map(str, runs[:5]))})" if runs else ""
+    raise CheckpointError(f"{path} {state}: {store.ASK_FOR}{hint}")
 
 
 def committed(root: str | Path) -> list[Path]:

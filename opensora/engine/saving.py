@@ -155,7 +155,7 @@ def _share(snapshot: Snapshot, place: Runtime) -> dict[str, list[Piece]]:
         tensors = getattr(snapshot, part)
         content = shards.pieces(tensors, place.rank)
         if content:
-            sharded = shards.is_sharded(tensors)
+            sharded = shards.any_sharded(tensors)
             name = shards.file_name(part, place.rank, place.world_size, sharded=sharded)
             files[name] = content
     return files

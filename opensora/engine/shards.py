@@ -13,15 +13,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from opensora.dist.sharded import room
+from opensora.dist.sharded import is_sharded, room
 from opensora.errors import CheckpointError, StorageError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, Tensor]
 Like = Callable[[str], Tensor | None]
@@ -47,9 +50,9 @@ def pieces(tensors: Mapping[str, Tensor], rank: int) -> list[Piece]:
     found = [
         Piece(name, (0,) * value.dim(), value.detach())
         for name, value in tensors.items()
-        if rank == 0 and not isinstance(value, DTensor)
+        if rank == 0 and not is_sharded(value)
     ]
-    sharded = {n: v for n, v in tensors.items() if isinstance(v, DTensor) and _first_copy(v)}
+    sharded = {n: v for n, v in tensors.items() if is_sharded(v) and _first_copy(v)}
     if sharded:
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(sharded, is_coordinator=rank == 0)
@@ -69,8 +72,8 @@ def _first_copy(value: DTensor) -> bool:
     return all(place[k] == 0 for k in copies)
 
 
-def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
-    return any(isinstance(value, DTensor) for value in tensors.values())
+def any_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    return any(is_sharded(value) for value in tensors.values())
 
 
 def file_name(part: str, rank: int, world_size: int, *, sharded: bool) -> str:
@@ -125,12 +128,15 @@ def read(files: list[Path], like: Like | None = None) -> Tensors:
     Raises:
         CheckpointError: a file cannot be read.
     """
+    if like is None and len(files) == 1:
+        try:
+            return load_file(files[0])
+        except (OSError, SafetensorError, ValueError) as error:
+            raise _unreadable(files, error) from None
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        if like is None and len(files) == 1:
-            return load_file(files[0])
         reader = _reader(files)
         stored = reader.read_metadata().state_dict_metadata
         tensors = {
@@ -143,9 +149,12 @@ def read(files: list[Path], like: Like | None = None) -> Tensors:
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load")
             dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=True)  # type: ignore[arg-type]
     except (OSError, SafetensorError, CheckpointException, ValueError) as error:
-        where = files[0].parent
-        raise CheckpointError(f"{where} cannot be read: {str(error).splitlines()[0]}") from None
+        raise _unreadable(files, error) from None
     return tensors
+
+
+def _unreadable(files: list[Path], error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{files[0].parent} cannot be read: {str(error).splitlines()[0]}")
 
 
 def _reader(files: list[Path]):

@@ -12,6 +12,7 @@ models train on.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from opensora.data.transforms import fit
 from opensora.digests import digest
-from opensora.errors import UsageError
-from opensora.media.picture import is_picture, read_picture
+from opensora.errors import DataError, UsageError
+from opensora.media.picture import PICTURES, is_picture, read_picture
 from opensora.media.read import read_clip
 from opensora.media.source import check_file
 from opensora.vae.causal import CausalVAE
@@ -72,7 +73,11 @@ class Given:
         if not 0 <= at < total:
             raise UsageError(f"frames are given at {self.at} of a video of {total} latent frames")
         if not 0 <= start < own:
-            raise UsageError(f"frames from {self.start} on are given of {own} latent frames")
+            wanted = f"the last {-self.start}" if self.start < 0 else f"those from {self.start} on"
+            raise UsageError(
+                f"{wanted} are given of {own} latent frames ({len(self.frames)} frames at the "
+                "rate of the video to draw): give fewer, or a longer video"
+            )
         count = min(total - at, own - start, self.count or total)
         return slice(at, at + count)
 
@@ -130,8 +135,26 @@ class Reference:
         return Given(frames, self.at, self.start, self.count, self.level)
 
 
+def check_reference(path: str | os.PathLike[str]) -> None:
+    """Refuse what frames cannot be read of, as far as its name and the file system tell.
+
+    Raises:
+        DataError: it is no file, or a picture of another format.
+    """
+    if re.match(r"(https?|s3|gs|hf):/", str(path)):
+        raise DataError(f"'{path}' is an address, and nothing is downloaded: give a file")
+    check_file(path)
+    if Path(path).suffix.lower() in (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl"):
+        raise DataError(f"'{path}' is a picture that is not read: give {', '.join(PICTURES)}")
+
+
 def read_frames(path: str | os.PathLike[str], *, fps: float) -> np.ndarray:
-    """uint8 (f, h, w, 3) of a picture or a video."""
+    """uint8 (f, h, w, 3) of a picture or a video.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    check_reference(path)
     if is_picture(path):
         return read_picture(path)[None]
     return read_clip(path, fps=fps).frames

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,6 +59,13 @@ def parse(line: str, *, reference_path: str = "", mask_strategy: str = "") -> Li
     if strategy and not path:
         raise UsageError(f"the mask strategy '{strategy}' has no reference_path")
     return Line(turns(text.strip()), references(path, strategy or "0") if path else ())
+
+
+def words_of(line: str) -> str:
+    """The words of a line, without turns and JSON, which name its file."""
+    with suppress(UsageError):
+        line, _ = _split_json(line)
+    return _TURN.sub(" ", line).strip()
 
 
 def _split_json(line: str) -> tuple[str, dict[str, str]]:

@@ -11,8 +11,10 @@ missing is written. Files are then the same after any kills on any number of ran
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,16 +26,19 @@ from typing import Any
 
 import numpy as np
 
-from opensora import runtime
+from opensora.disk import preflight
 from opensora.errors import DataError, UsageError, did_you_mean
 from opensora.infer.choices import told
 from opensora.infer.conditions import Given, Reference
 from opensora.infer.long import LongConfig, stream
-from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
-from opensora.media.write import safe_name, write_video
-from opensora.runtime import ALONE, Runtime
+from opensora.infer.pipeline import Callback, SamplingConfig, Shape, VideoPipeline
+from opensora.infer.prompt_lines import words_of
+from opensora.media.write import safe_name, slug, write_video
+from opensora.runtime import ALONE, Runtime, address
 
 RECORD_NAME = "samples.jsonl"
+PROMPT_FILES = (".txt", ".csv")
+Options = dict[str, Any]
 Records = dict[int, dict[str, Any]]
 
 
@@ -81,10 +86,16 @@ def read_prompts(path: str | Path) -> list[str]:
         UsageError: the file cannot be read, or has no prompts.
     """
     path = Path(path)
+    if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".yaml", ".yml"):
+        raise UsageError(f"{path}: prompts are read from a .txt, one a line, or a .csv")
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = _column(text, path) if path.suffix.lower() == ".csv" else text.split("\n")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError:
+        raise UsageError(f"the prompts in {path} cannot be read: save it as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"the prompts in {path} cannot be read: {error.strerror}") from None
+    except csv.Error as error:
         raise UsageError(f"the prompts in {path} cannot be read: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
@@ -97,6 +108,8 @@ def _column(text: str, path: Path) -> list[str]:
     columns = list(rows.fieldnames or [])
     if "text" not in columns:
         hint = did_you_mean("text", columns)
+        if len(columns) == 1 and re.search(r"[;\t]", columns[0]):
+            hint = " Separate columns by commas."
         raise UsageError(f"{path} has no column 'text' with the prompts.{hint}")
     return [row["text"] or "" for row in rows]
 
@@ -123,7 +136,8 @@ def draw(
     num_frames: int | None = None,
     picture_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
+    callback: Callback | None = None,
+    name: Callable[[Job], str] = lambda job: safe_name(words_of(job.prompt), job.index),
     place: Runtime = ALONE,
     tell: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -135,6 +149,7 @@ def draw(
         long: draws videos of `num_frames` in windows of `shape`, one after the other.
         picture_first: draw a picture from each prompt, then the video that begins with it.
         progress: called with (done, total) before the first and after every batch.
+        callback: (step, latents, data estimate) after every step of a batch, as a pipeline's.
         name: of a job's file, without the suffix; no two jobs may share one.
         place: where several ranks are given the same jobs and folder, each draws its share of
             what is missing, or all of them draw each video where the pipeline has a team.
@@ -144,17 +159,19 @@ def draw(
         UsageError: the shape does not fit the model, or the folder holds samples of other
             weights, settings or prompts.
         DataError: ranks do not see the same folder.
+        StorageError: the folder takes no files, which is found out before anything is drawn.
     """
     folder, shape = Path(folder), shape or pipeline.shape
     pipeline.latent_shape(shape)
-    options = {"sampling": sampling, "negative_prompt": negative_prompt, "shape": shape}
+    options: Options = {"sampling": sampling, "shape": shape, "negative_prompt": negative_prompt}
+    settings = settings_of(
+        pipeline, **options, long=long, num_frames=num_frames, picture_first=picture_first
+    )
+    options |= {} if callback is None else {"callback": callback}
     _check(work, long=long is not None, picture_first=picture_first)
     size = 1 if long is not None else batch_size
-    pipeline, tiled = _settled(pipeline, folder, shape, min(size, len(work)), place, tell)
-    settings = {**_drawn_with(pipeline, options), "tiled": tiled}
-    if long is not None:
-        settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
-    settings |= {"picture_first": True} if picture_first else {}
+    rows = min(size, len(work))
+    pipeline, settings["tiled"] = _settled(pipeline, folder, shape, rows, place, tell)
     together = place.world_size > 1 and pipeline.team is not None
     report = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
@@ -164,7 +181,8 @@ def draw(
     batches = batches if together else batches[place.rank :: place.world_size]
     report(len(done), len(work))
     writes = place.is_main or not together
-    if writes:
+    if writes and batches:
+        preflight(folder)
         _mend(folder / RECORD_NAME)
     for batch in batches:
         if long is not None:
@@ -212,13 +230,40 @@ def _settled(
     return pipeline, way.tile is True
 
 
-def _drawn_with(pipeline: VideoPipeline, options: dict[str, Any]) -> dict[str, Any]:
-    """Weights and the options of a call of the pipeline, as JSON has them."""
-    weights = {"weights": pipeline.fingerprint}
+def settings_of(
+    pipeline: VideoPipeline,
+    *,
+    sampling: SamplingConfig,
+    shape: Shape,
+    negative_prompt: str = "",
+    long: LongConfig | None = None,
+    num_frames: int | None = None,
+    picture_first: bool = False,
+) -> dict[str, Any]:
+    """What all samples of a call share, as JSON has it; arguments are those of `draw`."""
+    settings: dict[str, Any] = {"weights": pipeline.fingerprint}
     if pipeline.weaker is not None:
-        weights["weaker"] = pipeline.weaker.fingerprint
-    sampling, shape = options["sampling"].model_dump(mode="json"), asdict(options["shape"])
-    return {**weights, **options, "sampling": sampling, "shape": shape}
+        settings["weaker"] = pipeline.weaker.fingerprint
+    settings |= {
+        "sampling": sampling.model_dump(mode="json"),
+        "negative_prompt": negative_prompt,
+        "shape": asdict(shape),
+    }
+    if long is not None:
+        settings |= {"long": long.model_dump(mode="json"), "num_frames": num_frames}
+    if picture_first:
+        settings["picture_first"] = True
+    return settings
+
+
+def own_folder(work: Sequence[Job], settings: dict[str, Any], suffix: str) -> str:
+    """A name for a folder that holds these samples and no others: the first prompt and a digest.
+
+    The same call gets the same name, so that it goes on where it stopped.
+    """
+    whole = json.dumps([suffix, settings, [job.record for job in work]], sort_keys=True)
+    digest = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{slug(words_of(work[0].prompt))}-{digest}".lstrip("-")
 
 
 def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:
@@ -257,7 +302,7 @@ def _short(
     if picture_first:
         still = {**options, "shape": replace(options["shape"], num_frames=1)}
         # Of other noise than the video that it begins.
-        others = [runtime.address(seed, "picture") for seed in seeds]
+        others = [address(seed, "picture") for seed in seeds]
         given = [[Given(p.frames)] for p in pipeline(prompts, seeds=others, **still)]
     if any(given):
         options = {**options, "given": given}

@@ -131,9 +131,14 @@ def safe_name(text: str, index: int) -> str:
     """
     if index < 0:
         raise UsageError(f"the index of a sample counts from 0, got {index}")
+    words = slug(text)
+    return f"{index:04d}-{words}" if words else f"{index:04d}"
+
+
+def slug(text: str) -> str:
+    """Up to 40 characters of a text as a-z, 0-9 and single hyphens; may be empty."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    slug = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower())[:41].strip("-")[:40].rstrip("-")
-    return f"{index:04d}-{slug}" if slug else f"{index:04d}"
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text.lower())[:41].strip("-")[:40].rstrip("-")
 
 
 def _rational(fps: float | Fraction) -> Fraction:

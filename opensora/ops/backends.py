@@ -348,7 +348,6 @@ def preferring(name: str) -> Iterator[None]:
 _names: dict[tuple[torch.device, torch.dtype, int, Kind, bool, str], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def serving(
     device: torch.device, dtype: torch.dtype, head_dim: int, mask: Kind, causal: bool, wanted: str
 ) -> str:
@@ -362,3 +361,7 @@ def serving(
         request = Request(dtype, head_dim, mask, causal)
         name = _names[key] = choose(request, machine(device), wanted).name
     return name
+
+
+# torch.compiler.assume_constant_result, without the seconds that it takes to import the compiler.
+vars(serving)["_dynamo_marked_constant"] = True

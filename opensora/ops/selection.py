@@ -146,6 +146,10 @@ class _Watching(TorchDispatchMode):
         super().__init__()
         self.seen: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper that imports the compiler, a second or two; nothing here needs it
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         self.seen.add(str(function.overloadpacket))
         return function(*args, **(kwargs or {}))

@@ -58,6 +58,8 @@ def command(job: Job, checkpoint: str) -> str:
     words += ["--width", shape.width, "--height", shape.height, "--fps", shape.fps]
     if asked.negative_prompt:
         words.append(f"--negative={asked.negative_prompt}")
+    if shape.num_frames == 1:  # of which the command line makes a picture
+        words += ["--format", "mp4"]
     if job.has_reference:
         words += ["--first", jobs.REFERENCE]
     words += ["--", checkpoint, asked.prompt]

@@ -13,10 +13,9 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from opensora.config import Config
-from opensora.dist.sharded import local
+from opensora.dist.sharded import is_sharded, local
 from opensora.engine.host import to_host
 
 AT_A_TIME = 2**25
@@ -161,8 +160,10 @@ class _Slot(MutableMapping):
         value, p = self._values[key], self._parameter
         if key == COUNTER:
             return value
-        if not isinstance(p, DTensor):
+        if not is_sharded(p):
             return value
+        from torch.distributed.tensor import DTensor
+
         return DTensor.from_local(
             value.to(p.device),
             p.device_mesh,

@@ -52,13 +52,15 @@ def test_keyframes_are_evenly_spaced(picture, video):
     assert [reference.at for reference in found] == [0, 2, 4]
 
 
-def test_contradictions_and_missing_files_are_refused(picture, tmp_path):
+def test_contradictions_and_missing_files_are_refused(picture, video, tmp_path):
     for frames, told in (
         (Frames(loop=True), "--loop needs"),
         (Frames(first=picture, last=picture, loop=True), "leave out --last"),
         (Frames(first=picture, drawn=True), "give no frames beside it"),
         (Frames(keyframes=[picture]), "two or more"),
         (Frames(keyframes=[picture] * 5), "leave nothing to draw"),
+        (Frames(first=picture, num_given=5), "--given counts frames of a video"),
+        (Frames(last=video, num_given=17), "leaves nothing to draw of 17 frames"),
     ):
         with pytest.raises(UsageError, match=told):
             frames.references(5, 4)
@@ -108,6 +110,14 @@ def test_sizes_that_mean_nothing_are_refused(size, pipeline):
         size.shape(pipeline)
 
 
+def test_sizes_that_do_not_fit_are_told_with_the_nearest_that_do(pipeline):
+    with pytest.raises(UsageError, match="--frames 5 or 9, or any number with --long"):
+        Size(num_frames=6).shape(pipeline)
+    assert Size(num_frames=6).shape(pipeline, any_length=True).num_frames == 6
+    with pytest.raises(UsageError, match="--height 96 --width 32"):
+        Size(height=101, width=37).shape(pipeline)
+
+
 def sample(run: Path, output: Path, *options: object) -> list[np.ndarray]:
     words = ("sample", run, "a red circle", "-o", output, "--steps", 2, "--device", "cpu")
     assert invoke([str(word) for word in (*words, *options)]) == 0
@@ -123,6 +133,58 @@ def test_a_video_begins_with_the_picture_that_is_given(run, tmp_path, picture):
     assert record["references"][0]["path"] == str(picture)
     drawn_first = sample(run, tmp_path / "drawn", "--picture-first")[0]
     assert not np.array_equal(drawn_first, free)
+
+
+def test_calls_without_a_folder_get_their_own(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options: str) -> tuple[Path, str]:
+        words = ["sample", str(run), "a red circle", "--steps", "2", "--device", "cpu", *options]
+        assert invoke(words) == 0
+        told = capsys.readouterr()
+        (file,) = map(Path, told.out.split())
+        return file, told.err
+
+    first, _ = call()
+    assert first.match("outputs/samples/a-red-circle-*/0000-a-red-circle.mp4")
+    written = first.stat().st_mtime_ns
+    again, told = call()
+    assert again == first and first.stat().st_mtime_ns == written
+    assert "1 of 1 were drawn before and are kept" in told
+    others = [call(*words)[0] for words in (["--seed", "1"], ["--guidance", "2"], ["--fps", "4"])]
+    assert len({first.parent, *(file.parent for file in others)}) == 4
+    picture, told = call("--frames", "1")
+    assert picture.suffix == ".png" and "kept" not in told
+
+
+def test_a_file_of_prompts_is_not_drawn_as_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog")
+    with pytest.raises(UsageError, match="for the prompts in it: --file"):
+        Words([str(file)]).read()
+
+
+def test_arithmetic_of_the_denoiser_can_be_chosen(run, tmp_path):
+    plain, narrow = (sample(run, tmp_path / d, "--dtype", d)[0] for d in ("fp32", "bf16"))
+    assert not np.array_equal(plain, narrow)
+    assert np.abs(plain.astype(int) - narrow).mean() < 8
+    assert read_records(tmp_path / "bf16")[0]["weights"].endswith(" bf16")
+
+
+def test_prompts_are_utf8_whatever_the_locale_says():
+    typed = "caf\u00e9 一".encode().decode("ascii", "surrogateescape")
+    ((text, _),) = Words([typed]).read()
+    assert text == "caf\u00e9 一"
+    with pytest.raises(UsageError, match="no UTF-8 text"):
+        Words([b"caf\xe9".decode("utf-8", "surrogateescape")]).read()
+
+
+@pytest.mark.parametrize("name", ["https://example.com/a.png", "a.tiff", "a.heic"])
+def test_what_frames_are_not_read_from_is_said_to_be_so(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(Path(name).name).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"nothing is downloaded|picture that is not read"):
+        Frames(first=Path(name)).references(5, 4)
 
 
 def test_a_video_may_be_any_number_of_frames_long(run, tmp_path):
@@ -163,6 +225,15 @@ def test_any_key_of_the_sampling_config_can_be_set(run, tmp_path, picture):
         (["--mask-strategy", "0"], "has no reference_path"),
         (["--set", "guidance.frames_scale=2"], "needs given frames"),
         (["--first", "none.png"], "none.png"),
+        (["--given", "5"], "give one as --first or --last"),
+        (["--strength", "0.5"], "give both"),
+        (["--overlap", "1"], "--long windows"),
+        (["--long", "pyramid", "--overlap", "1"], "--long windows"),
+        (["--refine-model", "small"], "give both"),
+        (["--share", "sequence"], "torchrun"),
+        (["--frames", "6"], "--frames 5 or 9"),
+        (["--num-frames", "5"], "here it is --frames"),
+        (["--dtype", "fp8"], "--dtype fp8 is unknown"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run, options, told, tmp_path, capsys):

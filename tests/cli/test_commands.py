@@ -16,6 +16,8 @@ import typer
 from opensora.cli import doctor
 from opensora.cli import main as cli
 from opensora.cli.main import invoke
+from tests.infer.conftest import build_pipeline
+from tests.infer.test_pipeline import save_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs" / "tiny"
@@ -130,14 +132,14 @@ def test_nothing_asked_is_answered_with_help_and_64(capsys):
         (["train", TINY / "vae.yaml", "device=quantum"], "device 'quantum' is not usable here"),
         (["train", TINY / "scenes.yaml"], "unknown key"),
         (["encode", TINY / "encode.yaml", "vae_fram=x"], "Did you mean 'vae_from'?"),
-        (["sample", "x", "a dog", "--sampler", "eulr"], "'euler'"),
-        (["sample", "x", "a dog", "--format", "mp5"], "Did you mean 'mp4'?"),
-        (["sample", "x", "a dog", "--attention", "flash"], "Did you mean 'flash4'?"),
+        (["sample", ".", "a dog", "--sampler", "eulr"], "'euler'"),
+        (["sample", ".", "a dog", "--format", "mp5"], "Did you mean 'mp4'?"),
+        (["sample", ".", "a dog", "--attention", "flash"], "Did you mean 'flash4'?"),
         (["sample", "x", "a dog", "--steps", "0"], "--steps"),
         (["sample", "x", "a dog", "--seed", str(2**70)], "--seed"),
         (["sample", "x"], "give prompts as arguments, or a --file"),
         (["sample", "x", "a dog", "--file", "y.txt"], "give prompts as arguments, or a --file"),
-        (["sample", "x", "--file", "none.txt"], "none.txt cannot be read"),
+        (["sample", ".", "--file", "none.txt"], "none.txt cannot be read"),
         (["eval", "x", "--suite", "areena"], "Did you mean 'arena'?"),
         (["eval", "x", "num_prompt=3"], "Did you mean 'num_prompts'?"),
         (["report", "none"], "none is not a folder"),
@@ -292,6 +294,19 @@ REFUSALS = (
     ["report", "none"],
     ["config", "show", "none.yaml"],
 )
+
+
+def test_sampling_imports_neither_the_compiler_nor_training(tmp_path):
+    save_run(build_pipeline(), tmp_path / "run", averages=1.0)
+    words = ["sample", str(tmp_path / "run"), "a dog", "--steps", "1", "-o", str(tmp_path / "out")]
+    code = (
+        "import sys\nfrom opensora.cli.main import invoke\n"
+        f"assert invoke({words!r}) == 0\n"
+        "slow = ('torch._dynamo', 'torch.distributed.tensor', 'opensora.train.config', 'sympy')\n"
+        "sys.exit(', '.join(name for name in slow if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_refusals_that_need_no_torch_do_not_wait_for_it():

@@ -77,6 +77,7 @@ def test_more_frames_than_fit_are_left_out_and_later_ones_cover_earlier_ones(pip
         (lambda: Given(moving(1), at=5), "given at 5 of a video of 5 latent frames"),
         (lambda: Given(moving(1), at=-6), "given at -6"),
         (lambda: Given(moving(5), start=2), "from 2 on are given of 2 latent frames"),
+        (lambda: Given(moving(5), start=-3), r"the last 3 .* \(5 frames"),
         (lambda: Given(moving(17)), "every frame of a video is given"),
         (lambda: Given(moving(1)[0]), "give uint8"),
         (lambda: Given(moving(1).astype(np.float32)), "give uint8"),

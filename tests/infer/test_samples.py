@@ -1,11 +1,12 @@
 """A folder of samples: resumable, of one kind, and with names that harm nobody."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from opensora.errors import DataError, UsageError
+from opensora.errors import DataError, StorageError, UsageError
 from opensora.infer import samples
 from opensora.infer.conditions import Reference
 from opensora.infer.pipeline import Sample, SamplingConfig
@@ -185,6 +186,34 @@ def test_another_picture_of_the_same_name_is_not_taken_for_the_one_that_was_give
         draw(pipeline, work, folder, sampling=QUICK)
 
 
+def test_the_words_of_a_line_name_its_file(painter, tmp_path):
+    work = jobs(['A car. {"mask_strategy": "0"}', "|0|day|1|night", 'a {"b'], seed=0)
+    work = [replace(job, told=("x",)) for job in work]
+    records = draw(painter, work, tmp_path, sampling=QUICK)
+    assert [r["file"] for r in records] == ["0000-a-car.mp4", "0001-day-night.mp4", "0002-a-b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"caf\xe9", "save it as UTF-8"),
+        ("a.jsonl", b'{"text": "a dog"}', "a .txt, one a line, or a .csv"),
+        ("a.csv", b"path;text\nx;a dog\n", "Separate columns by commas"),
+    ],
+)
+def test_files_that_hold_no_prompts_as_they_are_say_how_to_mend_them(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=told):
+        read_prompts(tmp_path / name)
+
+
+def test_a_folder_that_takes_no_files_is_found_out_before_anything_is_drawn(painter, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        draw(painter, jobs(["a dog"], seed=0), tmp_path / "file", sampling=QUICK)
+    assert painter.drawn == []
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webm"])
 def test_every_format_is_written(suffix, painter, tmp_path):
     (record,) = draw(painter, jobs(["a dog"], seed=0), tmp_path, sampling=QUICK, suffix=suffix)
@@ -279,3 +308,17 @@ def test_a_folder_without_samples_is_told(tmp_path):
     (tmp_path / samples.RECORD_NAME).write_text(json.dumps({})[:1])
     with pytest.raises(DataError, match="holds no samples"):
         read_records(tmp_path)
+
+
+def test_progress_of_ranks_that_share_prompts_ends_at_all_of_them(tmp_path):
+    told: list[tuple[int, int]] = []
+
+    def run(place):
+        progress = (lambda done, total: told.append((done, total))) if place.is_main else None
+        draw(
+            Painter(), jobs(PROMPTS, seed=0), tmp_path, sampling=QUICK, place=place,
+            progress=progress,
+        )  # fmt: skip
+
+    on_ranks(2, run)
+    assert told[-1] == (len(PROMPTS), len(PROMPTS))

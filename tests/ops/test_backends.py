@@ -319,3 +319,9 @@ def test_on_cuda_every_backend_is_the_formula(dtype, head_dim, pattern, name):
     limit = bound(dtype) if dtype == BF16 else 2**-9
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine - theirs).abs().max() <= limit * theirs.abs().max()
+
+
+def test_the_choice_is_a_constant_to_the_compiler_as_torch_marks_one():
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(backends.serving).items()

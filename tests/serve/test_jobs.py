@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from opensora.infer.pipeline import Shape
 from opensora.serve import jobs
 from opensora.serve.jobs import Job, Store
 from opensora.serve.request import Asked
+from opensora.serve.views import command
 
 ASKED = Asked("a square", "", 5, 3, 3.0, Shape(5, 16, 16, 8.0))
 
@@ -128,3 +130,10 @@ def test_the_record_holds_all_that_the_video_depends_on(store):
         "prompt": "a square", "negative_prompt": "", "seed": 5, "steps": 3, "guidance_scale": 3.0,
         "shape": {"num_frames": 5, "height": 16, "width": 16, "fps": 8.0},
     }  # fmt: skip
+
+
+def test_the_command_of_a_single_frame_asks_for_the_video_that_the_server_makes():
+    assert "--format" not in command(Job("a", ASKED, 0, 0), "run")
+    still = replace(ASKED, shape=Shape(1, 16, 16, 8.0))
+    assert "--frames 1 " in command(Job("a", still, 0, 0), "run")
+    assert "--format mp4 " in command(Job("a", still, 0, 0), "run")
