@@ -12,7 +12,7 @@ import pytest
 
 from opensora.cli.main import invoke
 from opensora.engine import checkpoint
-from opensora.infer.samples import read_records
+from opensora.infer.records import read_records
 from opensora.media.read import read_clip
 from opensora.train.tracking import read_records as read_metrics
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from opensora.infer.samples import read_records
+from opensora.infer.records import read_records
 from opensora.media.read import read_clip
 from opensora.media.sheet import contact_sheet
 

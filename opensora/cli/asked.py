@@ -9,11 +9,10 @@ from pathlib import Path
 
 from opensora.data.buckets import frame_sizes, num_pixels
 from opensora.errors import UsageError
-from opensora.infer import samples
 from opensora.infer.conditions import Reference, check_reference
+from opensora.infer.jobs import PROMPT_FILES, Job, read_prompts
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line, parse, with_scores
-from opensora.infer.samples import Job
 from opensora.media.picture import is_picture
 
 STRENGTH = 0.6  # of an edit
@@ -51,10 +50,10 @@ class Words:
             UsageError: a file that cannot be read, or a line that makes no sense.
         """
         for text in self.prompts:
-            if Path(text).suffix.lower() in samples.PROMPT_FILES and Path(text).is_file():
+            if Path(text).suffix.lower() in PROMPT_FILES and Path(text).is_file():
                 raise UsageError(f"{text} is a file; for the prompts in it: --file {text}")
         typed = [_typed(text) for text in self.prompts]
-        texts = samples.read_prompts(self.file) if self.file is not None else typed
+        texts = read_prompts(self.file) if self.file is not None else typed
         options = {"reference_path": self.reference, "mask_strategy": self.mask_strategy}
         return [(text, parse(text, **options)) for text in texts]
 

@@ -21,10 +21,12 @@ from opensora.diffusion.guidance import GuidanceConfig
 from opensora.diffusion.schedule import FullSequenceConfig
 from opensora.errors import UsageError, did_you_mean
 from opensora.infer import samples
+from opensora.infer.jobs import jobs
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line
+from opensora.infer.records import read_records
 from opensora.infer.savings import SavingsConfig
 from opensora.infer.savings import place as put
 from opensora.media.picture import is_picture, read_picture
@@ -195,7 +197,7 @@ class Told:
 def write_grid(folder: Path, *, count: int) -> None:
     """The first `count` samples of a folder in one picture, `grid.png`."""
     clips = []
-    for record in samples.read_records(folder)[:count]:
+    for record in read_records(folder)[:count]:
         path = folder / record["file"]
         if is_picture(path):
             clips.append(read_picture(path)[None])
@@ -264,7 +266,7 @@ def sampler_for(config: TrainConfig) -> Sampler:
         task: Task, step: int, output: Path, shape: dict[str, Any], *, place: Runtime
     ) -> None:
         folder = output / "samples" / f"step-{step:06d}"
-        work = samples.jobs(wanted.prompts, seed=config.seed)
+        work = jobs(wanted.prompts, seed=config.seed)
         pipeline = pipeline_of(task, step, shape)
         samples.draw(pipeline, work, folder, sampling=settings, place=place)
 

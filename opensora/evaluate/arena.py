@@ -27,9 +27,9 @@ from opensora.disk import replace_file
 from opensora.errors import UsageError
 from opensora.evaluate import drawing
 from opensora.evaluate.suite import SCORES_NAME, Progress, Results, Subject, Suite, shared
-from opensora.infer import samples
+from opensora.infer.jobs import Job, jobs
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
-from opensora.infer.samples import Job
+from opensora.infer.records import RECORD_NAME
 from opensora.media.read import read_clip
 from opensora.runtime import ALONE, Runtime, generator
 
@@ -117,7 +117,7 @@ def _jobs(config: ArenaConfig) -> list[Job]:
     prompts: list[str] = []
     for number, count in sorted(config.num_prompts.items()):
         prompts += arena_prompts(config.scenes, config.seed, count, num_objects=number)
-    return samples.jobs(prompts, seed=config.seed * 1_000_000)
+    return jobs(prompts, seed=config.seed * 1_000_000)
 
 
 def _objects(job: Job, config: ArenaConfig) -> int:
@@ -188,7 +188,7 @@ def _write_scores(folder: Path, records: list[dict[str, Any]], judged: list[Scor
         json.dumps({**record, "scores": scores}, ensure_ascii=False)
         for record, scores in zip(records, judged, strict=True)
     ]
-    replace_file(folder / samples.RECORD_NAME, ("\n".join(lines) + "\n").encode())
+    replace_file(folder / RECORD_NAME, ("\n".join(lines) + "\n").encode())
 
 
 def _others(prompts: list[str], config: ArenaConfig) -> dict[int, list[str]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from opensora.errors import DataError
 from opensora.infer import samples
+from opensora.infer.jobs import Job
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
-from opensora.infer.samples import Job
 from opensora.media.read import read_clip
 from opensora.media.write import safe_name
 from opensora.runtime import Runtime

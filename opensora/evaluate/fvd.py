@@ -26,7 +26,7 @@ from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
 from opensora.evaluate.features import Extractor, ExtractorConfig
 from opensora.evaluate.frechet import FrechetStats, Reference, jackknife, mmd_values
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
-from opensora.infer import samples
+from opensora.infer.jobs import jobs
 from opensora.infer.pipeline import SamplingConfig, Shape
 from opensora.media.read import read_clip
 from opensora.media.write import write_video
@@ -139,7 +139,7 @@ def _generated(
         return list(videos.ids), videos.read
     folder = output / "samples"
     prompts = [texts[i % len(texts)] for i in range(count)]
-    work = samples.jobs(prompts, seed=config.seed * 1_000_000)
+    work = jobs(prompts, seed=config.seed * 1_000_000)
     records = drawing.draw(
         subject.model, work, folder, sampling=config.sampling, shape=shape, place=subject.place,
         batch_size=config.batch_size, progress=partial(progress, "drawing"),

@@ -25,8 +25,8 @@ from opensora.errors import DataError, UsageError
 from opensora.evaluate import drawing, physics_iq
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer.conditions import Reference
+from opensora.infer.jobs import Job
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
-from opensora.infer.samples import Job
 from opensora.media.read import read_clip
 from opensora.media.write import write_video
 from opensora.runtime import Runtime, uniform

@@ -10,16 +10,12 @@ missing is written. Files are then the same after any kills on any number of ran
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -27,99 +23,18 @@ from typing import Any
 import numpy as np
 
 from opensora.disk import preflight
-from opensora.errors import DataError, UsageError, did_you_mean
+from opensora.errors import DataError, UsageError
+from opensora.infer import records
 from opensora.infer.choices import told
 from opensora.infer.conditions import Given, Reference
+from opensora.infer.jobs import Job
 from opensora.infer.long import LongConfig, stream
 from opensora.infer.pipeline import Callback, SamplingConfig, Shape, VideoPipeline
 from opensora.infer.prompt_lines import words_of
 from opensora.media.write import safe_name, slug, write_video
 from opensora.runtime import ALONE, Runtime, address
 
-RECORD_NAME = "samples.jsonl"
-PROMPT_FILES = (".txt", ".csv")
 Options = dict[str, Any]
-Records = dict[int, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to draw; `index` names its file.
-
-    Attributes:
-        prompt: as it was written; names the file.
-        told: what the model is told, one for each window of a long video; the prompt by default.
-        references: files whose frames are given.
-    """
-
-    index: int
-    prompt: str
-    seed: int
-    told: tuple[str, ...] = ()
-    references: tuple[Reference, ...] = ()
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What the model is told."""
-        return self.told or (self.prompt,)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The job as a line of the record has it; what it does not use is left out. Files are named
-        with a digest, so that another picture of the same name is not taken for it.
-
-        Raises:
-            DataError: a file cannot be read.
-        """
-        tree = {key: value for key, value in asdict(self).items() if value != ()}
-        if self.references:
-            tree["references"] = [{**asdict(r), "sha256": r.sha256} for r in self.references]
-        return json.loads(json.dumps(tree))
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a text file, one a line, or from the column `text` of a CSV.
-
-    Empty lines are left out.
-
-    Raises:
-        UsageError: the file cannot be read, or has no prompts.
-    """
-    path = Path(path)
-    if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".yaml", ".yml"):
-        raise UsageError(f"{path}: prompts are read from a .txt, one a line, or a .csv")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = _column(text, path) if path.suffix.lower() == ".csv" else text.split("\n")
-    except UnicodeDecodeError:
-        raise UsageError(f"the prompts in {path} cannot be read: save it as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"the prompts in {path} cannot be read: {error.strerror}") from None
-    except csv.Error as error:
-        raise UsageError(f"the prompts in {path} cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"{path} holds no prompts")
-    return prompts
-
-
-def _column(text: str, path: Path) -> list[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    columns = list(rows.fieldnames or [])
-    if "text" not in columns:
-        hint = did_you_mean("text", columns)
-        if len(columns) == 1 and re.search(r"[;\t]", columns[0]):
-            hint = " Separate columns by commas."
-        raise UsageError(f"{path} has no column 'text' with the prompts.{hint}")
-    return [row["text"] or "" for row in rows]
-
-
-def jobs(prompts: Sequence[str], *, seed: int, per_prompt: int = 1) -> list[Job]:
-    """One job for each prompt and repetition; every sample has a seed of its own."""
-    return [
-        Job(index, prompt, seed + index)
-        for index, prompt in enumerate(p for p in prompts for _ in range(per_prompt))
-    ]
 
 
 def draw(
@@ -169,21 +84,20 @@ def draw(
     )
     options |= {} if callback is None else {"callback": callback}
     _check(work, long=long is not None, picture_first=picture_first)
-    size = 1 if long is not None else batch_size
-    rows = min(size, len(work))
-    pipeline, settings["tiled"] = _settled(pipeline, folder, shape, rows, place, tell)
+    size = min(1 if long is not None else batch_size, len(work))
+    pipeline, settings["tiled"] = _settled(pipeline, folder, shape, size, place, tell)
     together = place.world_size > 1 and pipeline.team is not None
     report = progress or (lambda done, total: None)
     wanted = {job.index: job for job in work}
     # No rank draws before all have looked; what the first one sees decides who draws what.
-    done = place.gather_objects(_finished(folder, settings, wanted, suffix))[0]
+    done = place.gather_objects(records.finished(folder, settings, wanted, suffix))[0]
     batches = _unfinished(work, done, size)
     batches = batches if together else batches[place.rank :: place.world_size]
     report(len(done), len(work))
     writes = place.is_main or not together
     if writes and batches:
         preflight(folder)
-        _mend(folder / RECORD_NAME)
+        records.mend(folder / records.RECORD_NAME)
     for batch in batches:
         if long is not None:
             videos = [_long(pipeline, batch[0], long, num_frames or shape.num_frames, options)]
@@ -194,18 +108,23 @@ def draw(
                 continue
             record = {"file": name(job) + suffix, **job.record, **settings}
             if writes:
-                shown = islice(frames, 1) if suffix == ".png" else frames
-                write_video(folder / record["file"], shown, fps=shape.fps)
-                _append(folder / RECORD_NAME, record)
+                _write(folder, record, frames, shape.fps)
             else:
                 deque(frames, maxlen=0)  # a long video is drawn while its frames are fetched
             done[job.index] = record
         report(len(done), len(work))
     if place.world_size > 1 and not together:
         place.barrier()
-        done = _all_there(work, _finished(folder, settings, wanted, suffix), folder)
+        done = _all_there(work, records.finished(folder, settings, wanted, suffix), folder)
         report(len(done), len(work))
     return [done[job.index] for job in work]
+
+
+def _write(folder: Path, record: dict[str, Any], frames: Iterable[np.ndarray], fps: float) -> None:
+    """A video, and then its record."""
+    path = folder / record["file"]
+    write_video(path, islice(frames, 1) if path.suffix == ".png" else frames, fps=fps)
+    records.append(folder / records.RECORD_NAME, record)
 
 
 def _settled(
@@ -220,7 +139,7 @@ def _settled(
     for all of them and on all ranks alike: edges of tiles change pixels a little."""
     if pipeline.savings.decode.tile != "auto":
         return pipeline, pipeline.savings.decode.tile
-    known = next((record["tiled"] for record in _lines(folder / RECORD_NAME)), None)
+    known = next((record["tiled"] for record in records.lines(folder / records.RECORD_NAME)), None)
     ways = place.gather_objects(pipeline.decoding(shape, rows, tiled=known))
     way = max(ways, key=lambda way: (way.tile is True, way.chunk is not None))
     if tell and told(way):
@@ -266,7 +185,7 @@ def own_folder(work: Sequence[Job], settings: dict[str, Any], suffix: str) -> st
     return f"{slug(words_of(work[0].prompt))}-{digest}".lstrip("-")
 
 
-def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:
+def _all_there(work: Sequence[Job], done: records.Records, folder: Path) -> records.Records:
     absent = [job for job in work if job.index not in done]
     if absent:
         raise DataError(
@@ -274,11 +193,6 @@ def _all_there(work: Sequence[Job], done: Records, folder: Path) -> Records:
             "file system; the same command draws what is missing"
         )
     return done
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as log:
-        log.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _check(work: Sequence[Job], *, long: bool, picture_first: bool) -> None:
@@ -329,58 +243,7 @@ def _long(
     return chain.from_iterable(pieces)
 
 
-def read_records(folder: str | Path) -> list[dict[str, Any]]:
-    """The records of a folder of samples, in the order of their index.
-
-    Raises:
-        DataError: the folder has none.
-    """
-    # A video that was lost has been drawn again; its last record counts.
-    records = {record["index"]: record for record in _lines(Path(folder) / RECORD_NAME)}
-    if not records:
-        raise DataError(f"{folder} holds no samples: {RECORD_NAME} is missing or empty")
-    return [records[index] for index in sorted(records)]
-
-
-def _finished(
-    folder: Path, settings: dict[str, Any], wanted: dict[int, Job], suffix: str
-) -> dict[int, dict[str, Any]]:
-    """Index -> record of the wanted videos that are there already."""
-    done = {}
-    for record in _lines(folder / RECORD_NAME):
-        differing = [key for key, value in settings.items() if record.get(key) != value]
-        if Path(record["file"]).suffix != suffix:
-            differing.append("format")
-        job = wanted.get(record["index"])
-        if job is not None and any(record.get(key) != value for key, value in job.record.items()):
-            differing.append("prompt or seed, or given frames")
-        if differing:
-            raise UsageError(
-                f"{folder} holds samples drawn differently ({', '.join(differing)}): choose "
-                "another folder, or remove it"
-            )
-        if job is not None and (folder / record["file"]).is_file():
-            done[record["index"]] = record
-    return done
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records; a line may be torn by a crash, and its video is then drawn again."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(json.JSONDecodeError):
-            yield {"tiled": False, **json.loads(line)}  # older records do not say
-
-
-def _mend(path: Path) -> None:
-    """End a line that was torn, so that the next record does not become part of it."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with open(path, "ab") as log:
-            log.write(b"\n")
-
-
-def _unfinished(work: Sequence[Job], done: Records, size: int) -> list[Sequence[Job]]:
+def _unfinished(work: Sequence[Job], done: records.Records, size: int) -> list[Sequence[Job]]:
     """The batches of all jobs, of which a video is missing."""
     return [b for b in _batches(work, size) if any(job.index not in done for job in b)]
 

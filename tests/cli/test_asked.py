@@ -9,7 +9,7 @@ from opensora.cli.asked import Frames, Size, Words, jobs_of
 from opensora.cli.main import invoke
 from opensora.errors import DataError, UsageError
 from opensora.infer.conditions import Reference, read_frames
-from opensora.infer.samples import read_records
+from opensora.infer.records import read_records
 from opensora.media.picture import read_picture
 from opensora.media.write import write_video
 from tests.infer.conftest import build_pipeline

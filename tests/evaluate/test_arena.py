@@ -13,7 +13,7 @@ from opensora.errors import UsageError
 from opensora.evaluate import arena
 from opensora.evaluate.arena import TARGETS, ArenaConfig
 from opensora.infer.pipeline import Sample, Shape
-from opensora.infer.samples import read_records
+from opensora.infer.records import read_records
 from tests.infer.conftest import WHOLE
 
 SCENES = SceneConfig(num_objects={1: 0.7, 2: 0.3}, alike=0.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opensora.cli.main import invoke
-from opensora.infer.samples import read_records
+from opensora.infer.records import read_records
 from opensora.media.write import write_video
 from tests.evaluate.vbench.conftest import moving
 from tests.train.forked import Ranks

@@ -10,8 +10,10 @@ import torch
 from opensora import memory
 from opensora.errors import OutOfMemory, UsageError
 from opensora.infer import choices, samples
+from opensora.infer.jobs import jobs
 from opensora.infer.long import PyramidWindowConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape
+from opensora.infer.records import RECORD_NAME
 from opensora.infer.savings import DecodeConfig, SavingsConfig
 from tests.infer.conftest import SHAPE
 
@@ -65,7 +67,7 @@ def test_what_is_asked_for_is_not_decided(open_pipeline):
 def test_a_choice_is_told_kept_and_done_again_where_memory_is_back(open_pipeline, tmp_path):
     def draw(count):
         told = []
-        work = samples.jobs(["a red circle"] * count, seed=0)
+        work = jobs(["a red circle"] * count, seed=0)
         records = samples.draw(
             open_pipeline, work, tmp_path, sampling=QUICK, shape=LARGE, suffix=".png",
             tell=told.append,
@@ -77,7 +79,7 @@ def test_a_choice_is_told_kept_and_done_again_where_memory_is_back(open_pipeline
     assert tiled == [True] and "in tiles" in told[0] and "--tile-vae always" in told[0]
     open_pipeline.budget = None
     assert draw(2)[1] == [True, True]
-    lines = (tmp_path / samples.RECORD_NAME).read_text().splitlines()
+    lines = (tmp_path / RECORD_NAME).read_text().splitlines()
     assert [json.loads(line)["tiled"] for line in lines] == [True, True]
     open_pipeline.savings = SavingsConfig(decode=OPEN.model_copy(update={"tile": False}))
     with pytest.raises(UsageError, match=r"drawn differently \(tiled\)"):

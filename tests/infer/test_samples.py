@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from opensora.errors import DataError, StorageError, UsageError
-from opensora.infer import samples
 from opensora.infer.conditions import Reference
+from opensora.infer.jobs import Job, jobs, read_prompts
 from opensora.infer.pipeline import Sample, SamplingConfig
-from opensora.infer.samples import Job, draw, jobs, read_prompts, read_records
+from opensora.infer.records import RECORD_NAME, read_records
+from opensora.infer.samples import draw
 from opensora.media.read import read_clip
 from opensora.media.write import write_image
 from tests.evaluate.vbench.ranks import on_ranks
@@ -305,7 +306,7 @@ def test_every_repetition_has_a_seed_of_its_own():
 def test_a_folder_without_samples_is_told(tmp_path):
     with pytest.raises(DataError, match="holds no samples"):
         read_records(tmp_path)
-    (tmp_path / samples.RECORD_NAME).write_text(json.dumps({})[:1])
+    (tmp_path / RECORD_NAME).write_text(json.dumps({})[:1])
     with pytest.raises(DataError, match="holds no samples"):
         read_records(tmp_path)
 

@@ -15,8 +15,8 @@ from opensora.evaluate import drawing
 from opensora.evaluate.vbench.config import DrawingConfig
 from opensora.evaluate.vbench.prompts import Entry, file_name, refuse_collisions
 from opensora.infer.conditions import Reference
+from opensora.infer.jobs import Job
 from opensora.infer.pipeline import VideoPipeline
-from opensora.infer.samples import Job
 from opensora.runtime import ALONE, Runtime, address
 
 STRIDE = 1000

@@ -32,7 +32,7 @@ from opensora.evaluate.vbench.tools import Tools
 from opensora.evaluate.vbench.upstream import Delegated, Upstream
 from opensora.evaluate.vbench.videos import Collection, Video
 from opensora.evaluate.vbench.weights import Shelf
-from opensora.infer.samples import Job
+from opensora.infer.jobs import Job
 
 log = logging.getLogger("opensora")
 

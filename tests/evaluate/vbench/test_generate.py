@@ -9,7 +9,7 @@ from opensora.errors import DataError, UsageError
 from opensora.evaluate.vbench.config import VBenchConfig
 from opensora.evaluate.vbench.generate import draw, jobs, samples_of
 from opensora.evaluate.vbench.prompts import load
-from opensora.infer.samples import RECORD_NAME, read_records
+from opensora.infer.records import RECORD_NAME, read_records
 from opensora.media.read import read_clip
 
 from .conftest import ENTRIES, Painter, moving
