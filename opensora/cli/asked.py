@@ -148,11 +148,6 @@ class Frames:
             raise UsageError("--loop ends with the first picture: leave out --last")
         if self.drawn and (self.first or self.last or self.edit or self.keyframes):
             raise UsageError("--picture-first draws the first picture: give no frames beside it")
-        videos = [p for p in (self.first, self.last) if p is not None and not is_picture(p)]
-        if self.num_given is not None and not videos:
-            raise UsageError("--given counts frames of a video: give one as --first or --last")
-        if self.strength is not None and self.edit is None:
-            raise UsageError("--strength is how much --edit changes a video: give both")
         if len(self.keyframes) == 1:
             raise UsageError("give two or more --keyframe, or one picture as --first or --last")
 

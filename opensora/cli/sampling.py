@@ -246,10 +246,6 @@ def _checked(asked: Asked) -> SamplingConfig:
         if value not in choices:
             known = [choice for choice in choices if choice]
             raise UsageError(f"--{name} {value} is unknown.{did_you_mean(str(value), known)}")
-    if asked.overlap is not None and asked.long != "windows":
-        raise UsageError("--overlap is of windows: ask for --long windows, or leave it out")
-    if asked.refine_model and not asked.refine:
-        raise UsageError("--refine-model names a model of --refine: give both, or leave it out")
     tree = configs.override(asked.sampling, asked.settings)
     return configs.validate(SamplingConfig, tree, where="sample")
 

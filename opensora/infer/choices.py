@@ -6,6 +6,7 @@ for each, and from what is free, or from a budget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,11 @@ Phase = Literal["denoising", "decoding"]
 MARGIN = 1.2
 """What memory has to be there for one that a rehearsal finds (inferred, not measured on a GPU)."""
 
+AMPLE = {"denoiser": 4 * 64, "decoder": 4 * 8}
+"""More bytes than a call has alive at a time, for each channel of a position of a denoiser (4 to 14
+floats in rehearsals) or of a pixel of a decoder (less than one). Where memory is there for so many
+nothing is rehearsed: that takes half a second, and imports half of torch."""
+
 NUM_FIXES = 3
 
 _CALLS: dict[tuple[Any, ...], int] = {}
@@ -42,6 +48,8 @@ def shares_a_call(
         words: tokens of a prompt.
         free: bytes that are free.
     """
+    if AMPLE["denoiser"] * rows * (math.prod(latents[1:]) + words) * config.width <= free:
+        return True
     key = (config.model_dump_json(), latents, rows, words)
     if key not in _CALLS:
         _CALLS[key] = forecast.denoiser(config, latents, rows, words=words).forward
@@ -72,10 +80,17 @@ def decoding(
     if tiled is not False and (tiled or max(latents[2:]) > asked.tiling.tile):
         smallest = asked.model_copy(update={"tile": True, "chunk": chunks[-1]})
         ways = [smallest] if tiled else [*ways, smallest]
+    ample = AMPLE["decoder"] * rows * _pixels(config, latents) * max(config.widths)
+    if ample <= free and not tiled:
+        return ways[0]
     for way in ways[:-1]:
         if MARGIN * _decoding(config, latents, rows, way) <= free:
             return way
     return ways[-1]
+
+
+def _pixels(config: VAEConfig, latents: tuple[int, int, int, int]) -> int:
+    return math.prod(latents[1:]) * math.prod(config.stride)
 
 
 def _decoding(

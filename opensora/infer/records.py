@@ -6,7 +6,7 @@ Lines are appended, and one may be torn by a crash: its video is then drawn agai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ def read_records(folder: str | Path) -> list[dict[str, Any]]:
     return [records[index] for index in sorted(records)]
 
 
-def finished(
-    folder: Path, settings: dict[str, Any], wanted: dict[int, Job], suffix: str
-) -> dict[int, dict[str, Any]]:
-    """Index -> record of the wanted videos that are there already."""
-    done = {}
+def finished(folder: Path, settings: dict[str, Any], work: Sequence[Job], suffix: str) -> Records:
+    """The records of the videos of `work` that are there already.
+
+    Raises:
+        UsageError: some were drawn with other settings, or of another prompt or seed.
+    """
+    wanted, done = {job.index: job for job in work}, {}
     for record in lines(folder / RECORD_NAME):
         differing = [key for key, value in settings.items() if record.get(key) != value]
         if Path(record["file"]).suffix != suffix:

@@ -88,9 +88,8 @@ def draw(
     pipeline, settings["tiled"] = _settled(pipeline, folder, shape, size, place, tell)
     together = place.world_size > 1 and pipeline.team is not None
     report = progress or (lambda done, total: None)
-    wanted = {job.index: job for job in work}
     # No rank draws before all have looked; what the first one sees decides who draws what.
-    done = place.gather_objects(records.finished(folder, settings, wanted, suffix))[0]
+    done = place.gather_objects(records.finished(folder, settings, work, suffix))[0]
     batches = _unfinished(work, done, size)
     batches = batches if together else batches[place.rank :: place.world_size]
     report(len(done), len(work))
@@ -115,7 +114,7 @@ def draw(
         report(len(done), len(work))
     if place.world_size > 1 and not together:
         place.barrier()
-        done = _all_there(work, records.finished(folder, settings, wanted, suffix), folder)
+        done = _all_there(work, records.finished(folder, settings, work, suffix), folder)
         report(len(done), len(work))
     return [done[job.index] for job in work]
 

@@ -101,7 +101,7 @@ def _largest(config: TrainConfig) -> list[Bucket]:
     """Of every resolution and length the bucket with most tokens."""
     assert isinstance(config.task, TextToVideoConfig)
     with torch.device("meta"):
-        stride = zoo.build_vae(config.task.vae or zoo.VAEConfig()).stride
+        stride = (config.task.vae or zoo.VAEConfig()).stride
     found = levels(config.data.buckets, stride=stride, patch=config.task.model.patch)
     return [
         max(length, key=lambda bucket: bucket.num_tokens)

@@ -54,6 +54,12 @@ class CausalVAEConfig(Config):
     )
     latent_channels: int = Field(default=8, ge=1)
 
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Pixels per latent position in (time, height, width)."""
+        side = self.patch * 2 ** sum(self.spatial_down)
+        return 2 ** sum(self.temporal_down), side, side
+
     @model_validator(mode="after")
     def _stages_agree(self) -> CausalVAEConfig:
         n = len(self.widths)
@@ -238,8 +244,7 @@ class CausalVAE(nn.Module):
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
         self.latent_channels = config.latent_channels
-        side = config.patch * 2 ** sum(config.spatial_down)
-        self.stride = (2 ** sum(config.temporal_down), side, side)
+        self.stride = config.stride
         self.latent_mean: Tensor
         self.latent_std: Tensor
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))

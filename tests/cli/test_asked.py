@@ -59,7 +59,6 @@ def test_contradictions_and_missing_files_are_refused(picture, video, tmp_path):
         (Frames(first=picture, drawn=True), "give no frames beside it"),
         (Frames(keyframes=[picture]), "two or more"),
         (Frames(keyframes=[picture] * 5), "leave nothing to draw"),
-        (Frames(first=picture, num_given=5), "--given counts frames of a video"),
         (Frames(last=video, num_given=17), "leaves nothing to draw of 17 frames"),
     ):
         with pytest.raises(UsageError, match=told):
@@ -225,11 +224,8 @@ def test_any_key_of_the_sampling_config_can_be_set(run, tmp_path, picture):
         (["--mask-strategy", "0"], "has no reference_path"),
         (["--set", "guidance.frames_scale=2"], "needs given frames"),
         (["--first", "none.png"], "none.png"),
-        (["--given", "5"], "give one as --first or --last"),
-        (["--strength", "0.5"], "give both"),
         (["--overlap", "1"], "--long windows"),
         (["--long", "pyramid", "--overlap", "1"], "--long windows"),
-        (["--refine-model", "small"], "give both"),
         (["--share", "sequence"], "torchrun"),
         (["--frames", "6"], "--frames 5 or 9"),
         (["--num-frames", "5"], "here it is --frames"),

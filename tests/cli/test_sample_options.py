@@ -52,6 +52,7 @@ CHANGES: dict[str, list[str]] = {
     "motion": ["--motion", "3"],
     "camera": ["--camera", "pan left"],
     "raw-weights": ["--raw-weights"],
+    "dtype": ["--dtype", "bf16"],
 }
 """Options that change the video."""
 
@@ -65,7 +66,7 @@ ELSEWHERE = {
 """Options that change no video, and those that are a way of drawing themselves."""
 
 REFUSED = {
-    ("windows", "given"): "every frame of a video is given",  # windows have two latent frames
+    ("windows", "given"): "leaves nothing to draw",  # windows have two latent frames
     ("windows", "last"): "--last would be of the first window only",
     ("windows", "loop"): "--loop would be of the first window only",
     ("windows", "keyframe"): "--keyframe would be of the first window only",
@@ -119,6 +120,19 @@ def draw(files, tmp_path_factory):
     return drawn
 
 
+@pytest.fixture
+def asked_for(files, monkeypatch):
+    """options -> what `opensora sample` asks for with them."""
+    found = []
+    monkeypatch.setattr(drawing, "draw", lambda checkpoint, asked: found.append(asked))
+
+    def asked(options: list[str]) -> drawing.Asked:
+        assert invoke(["sample", str(files["RUN"]), "a dog", *options]) == 0
+        return found[-1]
+
+    return asked
+
+
 def test_no_option_is_forgotten():
     command = typer.main.get_command(app).commands["sample"]  # type: ignore[attr-defined]
     names = {word[2:] for p in command.params for word in p.opts if word.startswith("--")}
@@ -161,8 +175,8 @@ def test_an_option_changes_the_video_or_is_refused(mode, option, draw, files, tm
         (["--share", "sequence"], "needs several ranks"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(options, told, capsys):
-    assert invoke(["sample", "none", "a dog", *options]) == 64
+def test_an_option_that_would_do_nothing_is_refused(options, told, files, capsys):
+    assert invoke(["sample", str(files["RUN"]), "a dog", *options]) == 64
     line = capsys.readouterr().err.strip()
     assert line.startswith("opensora: ") and "\n" not in line
     assert told in line
@@ -170,12 +184,12 @@ def test_an_option_that_would_do_nothing_is_refused(options, told, capsys):
 
 @pytest.mark.parametrize("share", ["sequence", "guidance", "both"])
 @pytest.mark.parametrize("mode", MODES)
-def test_ranks_that_share_take_every_way_of_drawing(mode, share, monkeypatch):
+def test_ranks_that_share_take_every_way_of_drawing(mode, share, asked_for):
     """That they draw the same is in tests/infer/test_shared_ways.py."""
-    asked = asked_for([*MODES[mode], "--share", share], monkeypatch)
+    asked = asked_for([*MODES[mode], "--share", share])
     ranks = 4 if share == "both" else 2
     refuse_unused(asked, SamplingConfig.model_validate(asked.sampling), ranks)
-    one = asked_for([*MODES[mode], "--share", share, "--guidance", "1"], monkeypatch)
+    one = asked_for([*MODES[mode], "--share", share, "--guidance", "1"])
     settings = SamplingConfig.model_validate(one.sampling)
     if share == "sequence":
         refuse_unused(one, settings, ranks)
@@ -184,8 +198,8 @@ def test_ranks_that_share_take_every_way_of_drawing(mode, share, monkeypatch):
         refuse_unused(one, settings, ranks)
 
 
-def test_three_ranks_need_three_branches(monkeypatch):
-    asked = asked_for(["--share", "guidance"], monkeypatch)
+def test_three_ranks_need_three_branches(asked_for):
+    asked = asked_for(["--share", "guidance"])
     for scale in (1.0, 2.0):
         tree = {**asked.sampling, "guidance": {"scale": 3.0, "frames_scale": scale}}
         settings = SamplingConfig.model_validate(tree)
@@ -197,11 +211,3 @@ def test_three_ranks_need_three_branches(monkeypatch):
     tree = {**asked.sampling, "guidance": {"scale": 3.0, "batched": True}}
     with pytest.raises(UsageError, match="gives each rank its own branches"):
         refuse_unused(asked, SamplingConfig.model_validate(tree), 2)
-
-
-def asked_for(options, monkeypatch):
-    """What `opensora sample` asks for with some options."""
-    found = []
-    monkeypatch.setattr(drawing, "draw", lambda checkpoint, asked: found.append(asked))
-    assert invoke(["sample", "none", "a dog", *options]) == 0
-    return found[0]

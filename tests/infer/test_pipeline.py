@@ -252,7 +252,7 @@ def test_a_shape_that_does_not_fit_is_refused(change, told, pipeline):
 
 
 def test_seeds_and_a_generator_exclude_each_other(pipeline):
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(TypeError, match="seeds or a generator, not both"):
         pipeline(["a"], seeds=[1], generator=torch.Generator())
 
 
