@@ -119,8 +119,8 @@ IMAGING = Dimension("C", upstream="musiq_spaq_ckpt-358bb6af.pth (github.com/chao
 _GRIT = "grit_b_densecap_objectdet.pth (huggingface.co/OpenGVLab/VBench_Used_Models) and detectron2"
 _VICLIP = "ViClip-InternVid-10M-FLT.pth (huggingface.co/OpenGVLab/VBench_Used_Models)"
 _UMT = "l16_ptk710_ftk710_ftk400_f16_res224.pth (huggingface.co/OpenGVLab/VBench_Used_Models)"
-_DREAMSIM = "DreamSim (three ViT-B/16, about 1000 MB, package dreamsim)"
-_COTRACKER = "cotracker2 (github.com/facebookresearch/co-tracker)"
+_DREAMSIM = "DreamSim (about 1000 MB for its three ViT-B/16, package dreamsim)"
+_COTRACKER = "cotracker2 (about 200 MB, github.com/facebookresearch/co-tracker)"
 _TAG2TEXT = "tag2text_swin_14m.pth (huggingface.co/spaces/xinyu1205/recognize-anything)"
 
 DIMENSIONS: dict[Version, dict[str, Dimension]] = {
