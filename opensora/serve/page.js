@@ -160,10 +160,11 @@
     const model = (await (await call("/v1/models")).json()).data[0];
     const { defaults, bounds, multiples } = model, fields = ask.elements;
     const most = bounds.num_frames - (bounds.num_frames - 1) % multiples.num_frames;
+    const sides = [...new Set([multiples.width, multiples.height])].join(" and ");
     document.title = `${model.id} · opensora`;
     at("model").textContent = model.id;
     at("about").textContent = `Trained on ${defaults.num_frames} frames of ${defaults.size} at ${defaults.fps} a second. ` +
-      `Sides are multiples of ${multiples.width} and ${multiples.height}, frames one more than a multiple of ${multiples.num_frames}; up to ${most} frames and ${bounds.steps} steps.`;
+      `Sides are multiples of ${sides}, frames one more than a multiple of ${multiples.num_frames}; up to ${most} frames and ${bounds.steps} steps.`;
     for (const [name, value] of Object.entries(defaults)) if (!fields[name].value) fields[name].value = value;
     fields.num_frames.max = most;
     fields.num_frames.step = multiples.num_frames;
