@@ -13,7 +13,7 @@ from opensora.arena.dataset import write_dataset
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
 from opensora.errors import DataError, UsageError
-from opensora.evaluate import fidelity, fvd, physics, validation_loss
+from opensora.evaluate import fidelity, fvd, physics, physics_iq, validation_loss
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.physics import PhysicsConfig, another_take
 from opensora.evaluate.suite import Autoencoder, Subject
@@ -277,6 +277,39 @@ def test_a_model_is_given_the_beginning_and_judged_on_the_rest(given, pipeline, 
         rest = render(sample(scenes, 1, index, "heldout"))[given:].astype(float)
         errors.append(np.mean((rest / 255 - 90 / 255) ** 2))
     assert found["generated"]["mse"]["mean"] == pytest.approx(np.mean(errors), rel=0.05)
+
+
+class Oracle(Continuing):
+    """Draws what a scene shows, as `show` makes it of the scene."""
+
+    def __init__(self, vae, scenes, show):
+        super().__init__(vae)
+        self.scenes, self.show = scenes, show
+
+    def __call__(self, prompts, *, seeds, **options):
+        drawn = [sample(self.scenes, 1, seed - 1_000_000, "heldout") for seed in seeds]
+        trios = zip(prompts, seeds, drawn, strict=True)
+        return [Sample(p, seed, self.show(scene), scene.fps) for p, seed, scene in trios]
+
+
+def test_who_draws_what_a_group_shows_is_where_that_group_is(pipeline, tmp_path):
+    """Its videos are files, which lose colour; so everything beside them comes out of a file."""
+    scenes = SCENES.model_copy(update={"frames": 9, "speed": (2.0, 3.0)})
+    config = PhysicsConfig(scenes=scenes, num=3)
+
+    def found(name, show):
+        model = Oracle(pipeline.vae, scenes, show)
+        return physics.run(Subject(model), config, tmp_path / name, silent)
+
+    exact = found("exact", render)
+    measures = {name: exact["generated"][name]["mean"] for name in physics_iq.METRICS}
+    assert measures == dict.fromkeys(physics_iq.METRICS, 1.0) | {"mse": 0.0}
+    take = found("take", lambda scene: render(another_take(scene, config)))
+    assert take["generated"] == take["truth"]
+    still = found("still", lambda scene: np.repeat(render(scene)[:1], 9, axis=0))
+    assert still["generated"] == still["still"]
+    assert still["still"]["score"]["mean"] < still["truth"]["score"]["mean"]
+    assert take["settings"]["codec"] == "mp4"
 
 
 def test_frames_given_are_those_of_whole_latents(pipeline, tmp_path):
