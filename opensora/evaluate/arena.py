@@ -26,7 +26,16 @@ from opensora.config import Config
 from opensora.disk import replace_file
 from opensora.errors import UsageError
 from opensora.evaluate import drawing
-from opensora.evaluate.suite import SCORES_NAME, Progress, Results, Subject, Suite, shared
+from opensora.evaluate.suite import (
+    Progress,
+    Results,
+    Row,
+    Subject,
+    Suite,
+    check_finite,
+    shared,
+    write_scores,
+)
 from opensora.infer.jobs import Job, jobs
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
 from opensora.infer.records import RECORD_NAME
@@ -81,6 +90,7 @@ def run(
     Raises:
         DataError: a video does not decode to what was drawn, twice.
         UsageError: the model draws another shape, or the folder holds other samples.
+        NumericsError: a score is no finite number; `scores.json` was not written.
     """
     output = Path(output)
     _check_shape(trained, config)
@@ -99,6 +109,7 @@ def run(
         folder = output / "samples_untrained"
         groups["untrained"], _ = judge("untrained", untrained, first, folder, {})
     groups["truth"], groups["vae"] = _reconstructions(trained, config, place, tell)
+    check_finite([Row(g, f"number {i}", s) for g, of in groups.items() for i, s in enumerate(of)])
     scores: dict[str, Any] = {name: aggregate(rows) for name, rows in groups.items() if rows}
     scores["targets"] = TARGETS
     scores["settings"] = {
@@ -107,8 +118,7 @@ def run(
         **config.model_dump(mode="json"),
     }
     if place.is_main:
-        text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-        replace_file(output / SCORES_NAME, text.encode())
+        write_scores(output, scores)
     return scores
 
 
@@ -177,6 +187,7 @@ def _drawn_and_judged(
 
     found = shared(place, len(work), judge, partial(tell, f"judging {stage}"))
     own = [scores[0] for scores in found]
+    check_finite([Row(stage, j.prompt, s) for j, s in zip(work, own, strict=True)])
     if place.is_main:
         _write_scores(folder, records, own)
     return own, [scores for rest in found for scores in rest[1:]]

@@ -9,7 +9,7 @@ import torch
 from opensora.arena.draw import render
 from opensora.arena.grammar import promise
 from opensora.arena.scenes import SceneConfig, sample
-from opensora.errors import UsageError
+from opensora.errors import NumericsError, UsageError
 from opensora.evaluate import arena
 from opensora.evaluate.arena import TARGETS, ArenaConfig
 from opensora.infer.pipeline import Sample, Shape
@@ -185,6 +185,23 @@ def test_a_single_prompt_has_no_shuffled_group(tmp_path):
     scores = arena.run(Painter(noise), None, config, tmp_path)
     assert "shuffled" not in scores
     assert scores["trained"]["colour"]["n"] == 1
+
+
+@pytest.mark.parametrize(("group", "has_truth"), [("trained", False), ("truth", True)])
+def test_a_score_that_is_no_number_is_refused(group, has_truth, tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"num_prompts": {1: 3}})
+    judged = arena.score
+
+    def broken(*arguments, truth, **options):
+        scores = judged(*arguments, truth=truth, **options)
+        return {**scores, "colour": np.nan} if (truth is not None) == has_truth else scores
+
+    monkeypatch.setattr(arena, "score", broken)
+    told = f"colour of group '{group}' is no finite number for 3 of 3 samples"
+    with pytest.raises(NumericsError, match=told):
+        arena.run(Painter(noise), None, config, tmp_path)
+    assert not (tmp_path / "scores.json").exists()
+    assert all("NaN" not in path.read_text() for path in tmp_path.rglob("*.jsonl"))
 
 
 def test_a_model_of_another_shape_is_refused_before_it_draws(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import torch
 from opensora.arena.dataset import write_dataset
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
-from opensora.errors import DataError, UsageError
+from opensora.errors import DataError, NumericsError, UsageError
 from opensora.evaluate import fidelity, fvd, physics, physics_iq, validation_loss
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.physics import PhysicsConfig, another_take
-from opensora.evaluate.suite import Autoencoder, Subject
+from opensora.evaluate.suite import Autoencoder, Row, Subject, write
 from opensora.infer.pipeline import Sample, Shape
 from opensora.media.write import write_video
 from opensora.runtime import noise
@@ -338,6 +339,31 @@ def test_the_loss_is_the_one_of_training_on_the_same_noise(pipeline, tmp_path):
             t = torch.full((1, data.shape[2]), 0.75)
             total += (pipeline.model(noisy, t, condition) - (drawn - data)).square().mean().item()
     assert found["loss_0.75"]["mean"] == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_a_model_that_diverged_is_refused_and_nothing_is_written(world, tmp_path):
+    diverged = build_pipeline()
+    with torch.no_grad():
+        for weight in diverged.model.parameters():
+            weight.fill_(float("nan"))
+    config = validation_loss.LossConfig(clips=RealClipsConfig(scenes=SCENES, num=2), levels=2)
+    first = r"loss of group 'all' is no finite number for 2 of 2 samples, the first 'scene-000000'"
+    with pytest.raises(NumericsError, match=first):
+        validation_loss.run(Subject(diverged), config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_and_estimates_that_are_no_numbers_are_counted_and_named(tmp_path):
+    values = (1.0, math.inf, 2.0, math.nan)
+    rows = [Row("vae", f"clip {i}", {"ssim": 1.0, "psnr": v}) for i, v in enumerate(values)]
+    told = r"psnr of group 'vae' .* 2 of 4 samples, the first 'clip 1' \(inf\); scores"
+    with pytest.raises(NumericsError, match=told):
+        write(tmp_path, rows, settings={})
+    estimates = {"generated": {"fvd": {"mean": 3.0, "low": math.nan, "high": 4.0, "n": 8}}}
+    with pytest.raises(NumericsError, match="fvd of group 'generated'"):
+        write(tmp_path, rows[::2], settings={}, estimates=estimates)
+    assert not list(tmp_path.iterdir())
+    assert write(tmp_path, rows[::2], settings={})["vae"]["psnr"]["n"] == 2
 
 
 def test_clips_of_several_shapes_are_told_apart(pipeline, world, tmp_path):
