@@ -26,6 +26,8 @@ from opensora.config import Config
 from opensora.disk import replace_file
 from opensora.errors import UsageError
 from opensora.evaluate import drawing
+from opensora.evaluate.fidelity import reconstruct
+from opensora.evaluate.similarity import psnr, unit
 from opensora.evaluate.suite import (
     Progress,
     Results,
@@ -90,7 +92,7 @@ def run(
     Raises:
         DataError: a video does not decode to what was drawn, twice.
         UsageError: the model draws another shape, or the folder holds other samples.
-        NumericsError: a score is no finite number; `scores.json` was not written.
+        NumericsError: a score, or a value of the VAE, is no finite number; no `scores.json` then.
     """
     output = Path(output)
     _check_shape(trained, config)
@@ -212,7 +214,6 @@ def _others(prompts: list[str], config: ArenaConfig) -> dict[int, list[str]]:
     return found
 
 
-@torch.no_grad()
 def _reconstructions(
     pipeline: VideoPipeline, config: ArenaConfig, place: Runtime, tell: Progress
 ) -> tuple[list[Scores], list[Scores]]:
@@ -222,13 +223,11 @@ def _reconstructions(
     def judge(index: int) -> tuple[Scores, Scores]:
         scene = sample(only, config.seed, index, "heldout")
         frames = render(scene)
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels.to(pipeline.device)))[0].cpu()
-        error = (decoded - pixels[0]).square().mean().item() / 4
-        restored = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
+        restored = reconstruct(pipeline.vae, frames)
+        first, second = (unit(torch.from_numpy(x)) for x in (restored, frames))
         truth = _score(frames, scene.caption, scene.fps, config, truth=scene)
         row = _score(restored, scene.caption, scene.fps, config, truth=scene)
-        return truth, {**row, "psnr": float(-10 * np.log10(max(error, 1e-10)))}
+        return truth, {**row, "psnr": float(psnr(first, second).mean())}
 
     found = shared(place, config.num_prompts.get(1, 0), judge, partial(tell, "vae"))
     return [truth for truth, _ in found], [through for _, through in found]
