@@ -56,7 +56,7 @@ class LostRank(OpensoraError):
 
 
 class NumericsError(OpensoraError, ArithmeticError):
-    """Training left the finite numbers and could not go on (exit 70)."""
+    """Training, or a model that is judged, left the finite numbers (exit 70)."""
 
     exit_code = 70
 

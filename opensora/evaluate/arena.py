@@ -26,7 +26,18 @@ from opensora.config import Config
 from opensora.disk import replace_file
 from opensora.errors import UsageError
 from opensora.evaluate import drawing
-from opensora.evaluate.suite import SCORES_NAME, Progress, Results, Subject, Suite, shared
+from opensora.evaluate.fidelity import reconstruct
+from opensora.evaluate.similarity import psnr, unit
+from opensora.evaluate.suite import (
+    Progress,
+    Results,
+    Row,
+    Subject,
+    Suite,
+    check_finite,
+    shared,
+    write_scores,
+)
 from opensora.infer.jobs import Job, jobs
 from opensora.infer.pipeline import SamplingConfig, VideoPipeline
 from opensora.infer.records import RECORD_NAME
@@ -81,6 +92,7 @@ def run(
     Raises:
         DataError: a video does not decode to what was drawn, twice.
         UsageError: the model draws another shape, or the folder holds other samples.
+        NumericsError: a score, or a value of the VAE, is no finite number; no `scores.json` then.
     """
     output = Path(output)
     _check_shape(trained, config)
@@ -99,6 +111,7 @@ def run(
         folder = output / "samples_untrained"
         groups["untrained"], _ = judge("untrained", untrained, first, folder, {})
     groups["truth"], groups["vae"] = _reconstructions(trained, config, place, tell)
+    check_finite([Row(g, f"number {i}", s) for g, of in groups.items() for i, s in enumerate(of)])
     scores: dict[str, Any] = {name: aggregate(rows) for name, rows in groups.items() if rows}
     scores["targets"] = TARGETS
     scores["settings"] = {
@@ -107,8 +120,7 @@ def run(
         **config.model_dump(mode="json"),
     }
     if place.is_main:
-        text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-        replace_file(output / SCORES_NAME, text.encode())
+        write_scores(output, scores)
     return scores
 
 
@@ -177,6 +189,7 @@ def _drawn_and_judged(
 
     found = shared(place, len(work), judge, partial(tell, f"judging {stage}"))
     own = [scores[0] for scores in found]
+    check_finite([Row(stage, j.prompt, s) for j, s in zip(work, own, strict=True)])
     if place.is_main:
         _write_scores(folder, records, own)
     return own, [scores for rest in found for scores in rest[1:]]
@@ -201,7 +214,6 @@ def _others(prompts: list[str], config: ArenaConfig) -> dict[int, list[str]]:
     return found
 
 
-@torch.no_grad()
 def _reconstructions(
     pipeline: VideoPipeline, config: ArenaConfig, place: Runtime, tell: Progress
 ) -> tuple[list[Scores], list[Scores]]:
@@ -211,13 +223,11 @@ def _reconstructions(
     def judge(index: int) -> tuple[Scores, Scores]:
         scene = sample(only, config.seed, index, "heldout")
         frames = render(scene)
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels.to(pipeline.device)))[0].cpu()
-        error = (decoded - pixels[0]).square().mean().item() / 4
-        restored = ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
+        restored = reconstruct(pipeline.vae, frames)
+        first, second = (unit(torch.from_numpy(x)) for x in (restored, frames))
         truth = _score(frames, scene.caption, scene.fps, config, truth=scene)
         row = _score(restored, scene.caption, scene.fps, config, truth=scene)
-        return truth, {**row, "psnr": float(-10 * np.log10(max(error, 1e-10)))}
+        return truth, {**row, "psnr": float(psnr(first, second).mean())}
 
     found = shared(place, config.num_prompts.get(1, 0), judge, partial(tell, "vae"))
     return [truth for truth, _ in found], [through for _, through in found]

@@ -6,16 +6,19 @@ What a seed and a batch draw is the same on any number of ranks (`infer.samples`
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from opensora.errors import DataError
 from opensora.infer import samples
 from opensora.infer.jobs import Job
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.media.read import read_clip
-from opensora.media.write import safe_name
+from opensora.media.write import safe_name, write_video
 from opensora.runtime import Runtime
 
 
@@ -70,6 +73,21 @@ def draw(
         f"{len(broken)} of {len(records)} drawn videos do not decode; '{file}': {reason}. Check "
         f"the disk of {folder}"
     )
+
+
+def through_a_file(frames: np.ndarray, fps: float) -> np.ndarray:
+    """Rendered frames as the files of drawn videos hold them: mp4, with half the resolution of
+    colour. Compared as they were rendered, they would be far from a model that draws them exactly.
+
+    Args:
+        frames: uint8 (F, H, W, 3).
+
+    Returns:
+        The same shape and dtype.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_video(Path(folder) / "clip.mp4", frames, fps=fps)
+        return read_clip(path).frames[:, : frames.shape[1], : frames.shape[2]]
 
 
 def _damage(folder: Path, record: dict[str, Any]) -> str:

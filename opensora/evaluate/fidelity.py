@@ -16,7 +16,7 @@ from pydantic import Field
 
 from opensora.config import Config
 from opensora.data.transforms import fit, to_uint8
-from opensora.errors import UsageError
+from opensora.errors import NumericsError, UsageError
 from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
 from opensora.evaluate.similarity import SSIM_WINDOW, flicker_added, psnr, ssim, unit
 from opensora.evaluate.suite import (
@@ -29,6 +29,7 @@ from opensora.evaluate.suite import (
     shared,
     write,
 )
+from opensora.vae.causal import CausalVAE
 from opensora.vae.perceptual import PerceptualDistance, load_perceptual
 
 
@@ -56,6 +57,7 @@ def run(subject: Subject, config: FidelityConfig, output: Path, progress: Progre
     Raises:
         UsageError: a folder of videos was given, or clips that the VAE or SSIM cannot take.
         DataError: a clip cannot be read.
+        NumericsError: the VAE has diverged.
     """
     judged = subject.autoencoder
     clips = open_clips(config.clips, judged.shape)
@@ -92,7 +94,7 @@ def _measure(
     judged: Autoencoder, frames: np.ndarray, distance: PerceptualDistance | None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The values of one clip, and of each of its frames."""
-    first, second = (unit(torch.from_numpy(x)) for x in (reconstruct(judged, frames), frames))
+    first, second = (unit(torch.from_numpy(x)) for x in (reconstruct(judged.vae, frames), frames))
     curves = {"psnr": psnr(first, second), "ssim": ssim(first, second)}
     if distance is not None:
         device = next(judged.vae.parameters()).device
@@ -104,11 +106,23 @@ def _measure(
     return values, {name: curve.tolist() for name, curve in curves.items()}
 
 
-def reconstruct(judged: Autoencoder, frames: np.ndarray) -> np.ndarray:
-    """uint8 (F, H, W, 3) encoded, decoded and rounded to the same."""
-    device = next(judged.vae.parameters()).device
+@torch.no_grad()
+def reconstruct(vae: CausalVAE, frames: np.ndarray) -> np.ndarray:
+    """uint8 (F, H, W, 3) encoded, decoded and rounded to the same.
+
+    Raises:
+        NumericsError: the VAE gives values that are no finite numbers, which 8 bits would hide.
+    """
+    device = next(vae.parameters()).device
     pixels = fit(frames, frames.shape[1:3])[None].to(device)
-    return to_uint8(judged.vae.decode(judged.vae.encode(pixels)))[0]
+    decoded = vae.decode(vae.encode(pixels))
+    broken = int((~decoded.isfinite()).sum())
+    if broken:
+        raise NumericsError(
+            f"the VAE gives no finite number for {broken} of the {decoded.numel()} values of a "
+            "clip: it has diverged, or its weights are damaged; judge an earlier checkpoint"
+        )
+    return to_uint8(decoded)[0]
 
 
 def _check(judged: Autoencoder, clips: Clips) -> None:

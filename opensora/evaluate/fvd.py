@@ -8,7 +8,6 @@ Frames, rate, convention and N stand in the settings, for numbers compare only w
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,13 @@ from torch import Tensor
 from opensora.config import Config
 from opensora.errors import DataError, UsageError
 from opensora.evaluate import drawing, features
-from opensora.evaluate.clips import Clips, RealClipsConfig, open_clips
+from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.features import Extractor, ExtractorConfig
 from opensora.evaluate.frechet import FrechetStats, Reference, jackknife, mmd_values
 from opensora.evaluate.suite import Progress, Results, Row, Subject, Suite, shared, write
 from opensora.infer.jobs import jobs
 from opensora.infer.pipeline import SamplingConfig, Shape
 from opensora.media.read import read_clip
-from opensora.media.write import write_video
 from opensora.runtime import Runtime
 
 FEWEST = 256
@@ -84,7 +82,11 @@ def run(subject: Subject, config: FvdConfig, output: Path, progress: Progress) -
     settings = {"extractor": _identity(config.extractor), **clips.facts}
     real_clip = clips.read
     if config.clips.path is None:
-        real_clip, settings["codec"] = partial(_through_a_file, clips), "mp4"
+        settings["codec"] = "mp4"
+
+        def real_clip(index: int) -> np.ndarray:
+            return drawing.through_a_file(clips.read(index), clips.shape.fps)
+
     if config.reference is not None and config.reference.is_file():
         real = Reference.load(config.reference, settings).features
     else:
@@ -153,14 +155,6 @@ def _generated(
         return frames[:, : shape.height, : shape.width]
 
     return names, drawn
-
-
-def _through_a_file(clips: Clips, index: int) -> np.ndarray:
-    """A rendered clip as an mp4 holds it, which is how the videos to compare it with are kept: half
-    the resolution of colour alone moves the distance by more than another sample of scenes does."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_video(Path(folder) / "clip.mp4", clips.read(index), fps=clips.shape.fps)
-        return read_clip(path).frames[:, : clips.shape.height, : clips.shape.width]
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Scenes are the arena's, so their future is simulated exactly. What two takes of one scene share
 bounds what can be asked: the second take begins alike and its clock runs a few percent faster or
-slower. A folder of generated videos is judged against a folder of real ones by file name.
+slower. All of them are compared as files hold them. A folder of generated videos is judged against
+a folder of real ones by file name.
 """
 
 from __future__ import annotations
@@ -87,12 +88,15 @@ def run(subject: Subject, config: PhysicsConfig, output: Path, progress: Progres
         drawn["untrained"] = _draw(fresh, work, config, folder, place, progress)
 
     def judge(index: int) -> dict[str, dict[str, float]]:
-        truth = render(scenes[index])
-        futures = {group: read_clip(files[index]).frames for group, files in drawn.items()}
-        futures["still"] = np.repeat(truth[cut - 1 : cut], len(truth), axis=0)
+        scene = render(scenes[index])
+        rendered = {"still": np.repeat(scene[cut - 1 : cut], len(scene), axis=0)}
         if len(scenes) > 1:
-            futures["shuffled"] = render(scenes[(index + 1) % len(scenes)])
-        futures["truth"] = render(another_take(scenes[index], config))
+            rendered["shuffled"] = render(scenes[(index + 1) % len(scenes)])
+        rendered["truth"] = render(another_take(scenes[index], config))
+        filed = partial(drawing.through_a_file, fps=scenes[index].fps)
+        futures = {group: read_clip(files[index]).frames for group, files in drawn.items()}
+        futures |= {group: filed(video) for group, video in rendered.items()}
+        truth = filed(scene)
         return {g: physics_iq.measure(truth[cut:], video[cut:]) for g, video in futures.items()}
 
     found = shared(place, len(scenes), judge, partial(progress, "judging"))
@@ -106,6 +110,7 @@ def run(subject: Subject, config: PhysicsConfig, output: Path, progress: Progres
     settings = {
         "suite": "physics",
         "weights": pipeline.fingerprint,
+        "codec": "mp4",
         "given_frames": cut,
         **config.model_dump(mode="json", exclude={"batch_size", "real", "take_two"}),
     }

@@ -2,21 +2,23 @@
 
 `scores.json` is what every suite leaves: group -> metric -> {mean, low, high, n} with 95 %
 bootstrap intervals, beside `targets`, `settings` and `curves`, which are no groups. `values.jsonl`
-beside it has the values of every sample, so that two results can be compared pair by pair.
+beside it has the values of every sample, so that two results can be compared pair by pair. Where
+a value is no finite number, neither is written.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from opensora.arena.score import aggregate
 from opensora.config import Config
 from opensora.disk import replace_file
-from opensora.errors import UsageError
+from opensora.errors import NumericsError, UsageError
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.runtime import ALONE, Runtime
 from opensora.vae.causal import CausalVAE
@@ -141,7 +143,11 @@ def write(
 
     Returns:
         What `scores.json` holds.
+
+    Raises:
+        NumericsError: a value is no finite number; nothing was written.
     """
+    check_finite(rows, estimates)
     found: dict[str, Any] = {}
     for name in dict.fromkeys(row.group for row in rows):
         found[name] = aggregate([row.values for row in rows if row.group == name])
@@ -149,15 +155,53 @@ def write(
         found[name] = {**found.get(name, {}), **group}
     results: Results = {**found, **({"curves": dict(curves)} if curves else {})}
     results["settings"] = dict(settings)
-    lines = [
-        json.dumps({"group": r.group, "id": r.sample, "values": dict(r.values)}, ensure_ascii=False)
-        for r in rows
-    ]
+    write_values(output, rows)
+    return write_scores(output, results)
+
+
+def write_values(output: Path, rows: Sequence[Row]) -> None:
+    """Write `values.jsonl`."""
+    trees = [{"group": r.group, "id": r.sample, "values": dict(r.values)} for r in rows]
+    lines = [json.dumps(tree, ensure_ascii=False, allow_nan=False) + "\n" for tree in trees]
     output.mkdir(parents=True, exist_ok=True)
-    replace_file(output / VALUES_NAME, "".join(line + "\n" for line in lines).encode())
-    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    replace_file(output / VALUES_NAME, "".join(lines).encode())
+
+
+def write_scores(output: Path, results: Mapping[str, Any]) -> Results:
+    """Write `scores.json`, and give back what it holds."""
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    output.mkdir(parents=True, exist_ok=True)
     replace_file(output / SCORES_NAME, text.encode())
     return json.loads(text)
+
+
+def check_finite(rows: Sequence[Row], estimates: Mapping[str, Estimates] | None = None) -> None:
+    """Refuse what neither JSON nor a mean has a place for.
+
+    Raises:
+        NumericsError: a value is no finite number; names its group, metric and first sample.
+    """
+    values: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    for row in rows:
+        for metric, value in row.values.items():
+            values.setdefault((row.group, metric), []).append((row.sample, value))
+    for (group, metric), of in values.items():
+        broken = [(sample, value) for sample, value in of if not math.isfinite(value)]
+        if broken:
+            sample, value = broken[0]
+            told = f"no finite number for {len(broken)} of {len(of)} samples"
+            _refuse(group, metric, f"{told}, the first '{sample}' ({value})")
+    for group, metrics in (estimates or {}).items():
+        for metric, estimate in metrics.items():
+            if not all(map(math.isfinite, estimate.values())):
+                _refuse(group, metric, f"no finite number ({estimate})")
+
+
+def _refuse(group: str, metric: str, told: str) -> NoReturn:
+    raise NumericsError(
+        f"{metric} of group '{group}' is {told}; {SCORES_NAME} was not written. The model "
+        "has diverged, or weights are damaged: judge an earlier checkpoint"
+    )
 
 
 def shared(

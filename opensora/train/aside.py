@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from opensora.errors import OpensoraError
+from opensora.errors import NumericsError, OpensoraError
 from opensora.runtime import ALONE, Runtime, log
 
 Found = TypeVar("Found")
@@ -72,20 +72,27 @@ def shared(work: Work[Found], output: Path, runtime: Runtime) -> Found | None:
             place.leave(error)
             raise
     except OpensoraError as error:
-        if runtime.is_main:
-            log.error("%s; training goes on without it", error)
-        return None
+        return _told(error, runtime)
     return found
 
 
-def by_all(work: Work[Found], output: Path, runtime: Runtime) -> Found:
-    """Every rank does all of the work, because calls of the model are collective.
+def by_all(work: Work[Found], output: Path, runtime: Runtime) -> Found | None:
+    """Every rank does all of the work, because calls of the model are collective. What is found
+    to be no number is told, and nothing was found: all ranks see the same, after the last call.
 
     Raises:
-        OpensoraError: of this rank; the others could not know where it stopped.
+        OpensoraError: another one of this rank; the others could not know where it stopped.
     """
     place = replace(ALONE, device=runtime.device)
+    try:
+        if runtime.is_main:
+            return work(output, place)
+        with TemporaryDirectory() as nowhere:
+            return work(Path(nowhere), place)
+    except NumericsError as error:
+        return _told(error, runtime)
+
+
+def _told(error: OpensoraError, runtime: Runtime) -> None:
     if runtime.is_main:
-        return work(output, place)
-    with TemporaryDirectory() as nowhere:
-        return work(Path(nowhere), place)
+        log.error("%s; training goes on without it", error)

@@ -1,6 +1,7 @@
 """The arena suite on painters that show what a prompt promises, a still, noise, or nothing new."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from opensora.arena.draw import render
 from opensora.arena.grammar import promise
 from opensora.arena.scenes import SceneConfig, sample
-from opensora.errors import UsageError
-from opensora.evaluate import arena
+from opensora.errors import NumericsError, UsageError
+from opensora.evaluate import arena, fidelity
 from opensora.evaluate.arena import TARGETS, ArenaConfig
+from opensora.evaluate.clips import RealClipsConfig
+from opensora.evaluate.suite import Autoencoder, Subject
 from opensora.infer.pipeline import Sample, Shape
 from opensora.infer.records import read_records
 from tests.infer.conftest import WHOLE
@@ -43,6 +46,7 @@ class Painter:
     """
 
     team = None
+    stride = (4, 8, 8)
     savings, weaker = WHOLE, None
 
     def __init__(self, paint, *, fingerprint="painter", frames=17):
@@ -54,6 +58,9 @@ class Painter:
     @property
     def vae(self):
         return self
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
 
     def encode(self, pixels):
         return pixels
@@ -185,6 +192,51 @@ def test_a_single_prompt_has_no_shuffled_group(tmp_path):
     scores = arena.run(Painter(noise), None, config, tmp_path)
     assert "shuffled" not in scores
     assert scores["trained"]["colour"]["n"] == 1
+
+
+@pytest.mark.parametrize(("group", "has_truth"), [("trained", False), ("truth", True)])
+def test_a_score_that_is_no_number_is_refused(group, has_truth, tmp_path, monkeypatch):
+    config = CONFIG.model_copy(update={"num_prompts": {1: 3}})
+    judged = arena.score
+
+    def broken(*arguments, truth, **options):
+        scores = judged(*arguments, truth=truth, **options)
+        return {**scores, "colour": np.nan} if (truth is not None) == has_truth else scores
+
+    monkeypatch.setattr(arena, "score", broken)
+    told = f"colour of group '{group}' is no finite number for 3 of 3 samples"
+    with pytest.raises(NumericsError, match=told):
+        arena.run(Painter(noise), None, config, tmp_path)
+    assert not (tmp_path / "scores.json").exists()
+    assert all("NaN" not in path.read_text() for path in tmp_path.rglob("*.jsonl"))
+
+
+def vae_suites(error, folder):
+    """The arena, and the suite of VAEs, on the same scenes and a VAE of growing error."""
+    painter = Painter(noise)
+    painter.decode = lambda latents: latents - error * torch.linspace(0, 1, 17).view(-1, 1, 1)
+    config = CONFIG.model_copy(update={"num_prompts": {1: 3}})
+    only = SCENES.model_copy(update={"num_objects": {1: 1.0}})
+    clips = RealClipsConfig(scenes=only, num=3, seed=config.seed)
+    settings = fidelity.FidelityConfig(clips=clips)
+    alone = Subject(alone=Autoencoder(painter, painter.shape, "painter"))  # type: ignore[arg-type]
+    yield lambda: arena.run(painter, None, config, folder / "arena")
+    yield lambda: fidelity.run(alone, settings, folder / "vae", lambda *_: None)
+
+
+@pytest.mark.parametrize(("error", "lowest", "highest"), [(0.003, 100, 100), (0.2, 20, 45)])
+def test_a_vae_has_the_psnr_that_its_own_suite_finds(error, lowest, highest, tmp_path):
+    """Frame by frame, after rounding; 0.003 of [-1, 1] is less than half a level of grey."""
+    first, second = (suite()["vae"]["psnr"] for suite in vae_suites(error, tmp_path))
+    assert first == second
+    assert lowest <= first["mean"] <= highest
+
+
+def test_a_vae_that_gives_no_numbers_is_refused_where_8_bits_would_hide_it(tmp_path):
+    for suite in vae_suites(math.nan, tmp_path):
+        with pytest.raises(NumericsError, match="the VAE gives no finite number"):
+            suite()
+    assert not list(tmp_path.rglob("scores.json"))
 
 
 def test_a_model_of_another_shape_is_refused_before_it_draws(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import torch
 from opensora.arena.dataset import write_dataset
 from opensora.arena.draw import render
 from opensora.arena.scenes import SceneConfig, sample
-from opensora.errors import DataError, UsageError
-from opensora.evaluate import fidelity, fvd, physics, validation_loss
+from opensora.errors import DataError, NumericsError, UsageError
+from opensora.evaluate import fidelity, fvd, physics, physics_iq, validation_loss
 from opensora.evaluate.clips import RealClipsConfig, open_clips
 from opensora.evaluate.physics import PhysicsConfig, another_take
-from opensora.evaluate.suite import Autoencoder, Subject
+from opensora.evaluate.suite import Autoencoder, Row, Subject, write
 from opensora.infer.pipeline import Sample, Shape
 from opensora.media.write import write_video
 from opensora.runtime import noise
@@ -279,6 +280,39 @@ def test_a_model_is_given_the_beginning_and_judged_on_the_rest(given, pipeline, 
     assert found["generated"]["mse"]["mean"] == pytest.approx(np.mean(errors), rel=0.05)
 
 
+class Oracle(Continuing):
+    """Draws what a scene shows, as `show` makes it of the scene."""
+
+    def __init__(self, vae, scenes, show):
+        super().__init__(vae)
+        self.scenes, self.show = scenes, show
+
+    def __call__(self, prompts, *, seeds, **options):
+        drawn = [sample(self.scenes, 1, seed - 1_000_000, "heldout") for seed in seeds]
+        trios = zip(prompts, seeds, drawn, strict=True)
+        return [Sample(p, seed, self.show(scene), scene.fps) for p, seed, scene in trios]
+
+
+def test_who_draws_what_a_group_shows_is_where_that_group_is(pipeline, tmp_path):
+    """Its videos are files, which lose colour; so everything beside them comes out of a file."""
+    scenes = SCENES.model_copy(update={"frames": 9, "speed": (2.0, 3.0)})
+    config = PhysicsConfig(scenes=scenes, num=3)
+
+    def found(name, show):
+        model = Oracle(pipeline.vae, scenes, show)
+        return physics.run(Subject(model), config, tmp_path / name, silent)
+
+    exact = found("exact", render)
+    measures = {name: exact["generated"][name]["mean"] for name in physics_iq.METRICS}
+    assert measures == dict.fromkeys(physics_iq.METRICS, 1.0) | {"mse": 0.0}
+    take = found("take", lambda scene: render(another_take(scene, config)))
+    assert take["generated"] == take["truth"]
+    still = found("still", lambda scene: np.repeat(render(scene)[:1], 9, axis=0))
+    assert still["generated"] == still["still"]
+    assert still["still"]["score"]["mean"] < still["truth"]["score"]["mean"]
+    assert take["settings"]["codec"] == "mp4"
+
+
 def test_frames_given_are_those_of_whole_latents(pipeline, tmp_path):
     config = PhysicsConfig(scenes=SCENES, num=2, given=2)
     with pytest.raises(UsageError, match=r"1 \+ k\*4"):
@@ -305,6 +339,31 @@ def test_the_loss_is_the_one_of_training_on_the_same_noise(pipeline, tmp_path):
             t = torch.full((1, data.shape[2]), 0.75)
             total += (pipeline.model(noisy, t, condition) - (drawn - data)).square().mean().item()
     assert found["loss_0.75"]["mean"] == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_a_model_that_diverged_is_refused_and_nothing_is_written(world, tmp_path):
+    diverged = build_pipeline()
+    with torch.no_grad():
+        for weight in diverged.model.parameters():
+            weight.fill_(float("nan"))
+    config = validation_loss.LossConfig(clips=RealClipsConfig(scenes=SCENES, num=2), levels=2)
+    first = r"loss of group 'all' is no finite number for 2 of 2 samples, the first 'scene-000000'"
+    with pytest.raises(NumericsError, match=first):
+        validation_loss.run(Subject(diverged), config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_and_estimates_that_are_no_numbers_are_counted_and_named(tmp_path):
+    values = (1.0, math.inf, 2.0, math.nan)
+    rows = [Row("vae", f"clip {i}", {"ssim": 1.0, "psnr": v}) for i, v in enumerate(values)]
+    told = r"psnr of group 'vae' .* 2 of 4 samples, the first 'clip 1' \(inf\); scores"
+    with pytest.raises(NumericsError, match=told):
+        write(tmp_path, rows, settings={})
+    estimates = {"generated": {"fvd": {"mean": 3.0, "low": math.nan, "high": 4.0, "n": 8}}}
+    with pytest.raises(NumericsError, match="fvd of group 'generated'"):
+        write(tmp_path, rows[::2], settings={}, estimates=estimates)
+    assert not list(tmp_path.iterdir())
+    assert write(tmp_path, rows[::2], settings={})["vae"]["psnr"]["n"] == 2
 
 
 def test_clips_of_several_shapes_are_told_apart(pipeline, world, tmp_path):

@@ -1,9 +1,12 @@
 """Ranks that share work between two steps all leave it when one cannot go on, and train on."""
 
+import math
+
 import pytest
 from train_support import ALONE
 
 from opensora.errors import DataError, StorageError
+from opensora.evaluate.suite import Row, write
 from opensora.evaluate.suite import shared as dealt
 from opensora.train import aside
 from tests.evaluate.vbench.ranks import on_ranks
@@ -54,3 +57,21 @@ def test_where_calls_are_collective_all_do_all_and_the_first_ones_files_are_kept
     assert on_ranks(2, lambda place: aside.by_all(work, tmp_path, place)) == [True, False]
     with pytest.raises(StorageError):
         aside.by_all(failing_at(0, (0,)), tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("way", [aside.shared, aside.by_all])
+def test_what_is_no_number_is_told_once_and_training_goes_on(way, tmp_path, caplog):
+    """As a suite finds it, which judges a model that has diverged."""
+
+    def work(output, place):
+        values = dealt(place, 3, lambda index: math.nan, lambda *_: None)
+        rows = [Row("all", f"clip {i}", {"loss": value}) for i, value in enumerate(values)]
+        return write(output, rows, settings={}) if place.is_main else {}
+
+    def steps(place):
+        return way(work, tmp_path, place), place.gather_objects(place.rank)
+
+    assert on_ranks(2, steps) == [(None, [0, 1])] * 2
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert "loss of group 'all'" in told and told.endswith("training goes on without it")
+    assert not list(tmp_path.iterdir())

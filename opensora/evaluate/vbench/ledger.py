@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -52,8 +53,11 @@ class Ledger:
         return self._known.get(key)
 
     def put(self, key: str, measured: Measured) -> None:
-        """Write a measure down; it is in the file when this returns."""
+        """Write a measure down; it is in the file when this returns, unless it is no number, which
+        is to be measured again."""
         self._known[key] = measured
+        if not math.isfinite(measured.value):
+            return
         line = json.dumps([key, measured.value, measured.weight]) + "\n"
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)

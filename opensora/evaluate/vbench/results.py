@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from opensora.disk import replace_file
+from opensora.evaluate import suite
 from opensora.evaluate.vbench import aggregate
 from opensora.evaluate.vbench.judge import Row
 from opensora.evaluate.vbench.measures import mean
@@ -64,12 +65,8 @@ def full_info(entries: Sequence[Entry], videos: Mapping[int, Sequence[Video]]) -
 
 def write_json(path: Path, tree: Any) -> None:
     """A JSON file, whole or not at all, indented as upstream does it."""
-    replace_file(path, (json.dumps(tree, indent=4, ensure_ascii=False) + "\n").encode())
-
-
-def text(scores: Mapping[str, Any]) -> bytes:
-    """The content of `scores.json`."""
-    return (json.dumps(scores, indent=1, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(tree, indent=4, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, text.encode())
 
 
 def resampled(finding: Finding, name: str) -> np.ndarray:
@@ -98,8 +95,10 @@ def resampled(finding: Finding, name: str) -> np.ndarray:
     return means
 
 
-def values(findings: Mapping[str, Finding], proxies: Mapping[str, Sequence[Row]]) -> bytes:
-    """The content of `values.jsonl`, by which two results are compared video by video.
+def samples(
+    findings: Mapping[str, Finding], proxies: Mapping[str, Sequence[Row]]
+) -> list[suite.Row]:
+    """The rows of `values.jsonl`, by which two results are compared video by video.
 
     Upstream's own results are among them where it tells those of videos.
     """
@@ -111,8 +110,7 @@ def values(findings: Mapping[str, Finding], proxies: Mapping[str, Sequence[Row]]
     for name, rows in proxies.items():
         for row in rows:
             lines.setdefault(("proxy", row.video.path.name), {})[name] = row.measured.value
-    told = [{"group": g, "id": video, "values": found} for (g, video), found in lines.items()]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in told).encode()
+    return [suite.Row(group, video, found) for (group, video), found in lines.items()]
 
 
 def estimate(value: float, means: np.ndarray, count: int) -> dict[str, float]:

@@ -14,9 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opensora.disk import preflight, reclaim, replace_file
+from opensora.disk import preflight, reclaim
 from opensora.errors import DataError, UsageError
-from opensora.evaluate.suite import SCORES_NAME, VALUES_NAME, Progress, Results, Subject, Suite
+from opensora.evaluate.suite import (
+    Progress,
+    Results,
+    Subject,
+    Suite,
+    check_finite,
+    write_scores,
+    write_values,
+)
 from opensora.evaluate.vbench import generate, judge, prompts, results, static, videos, warn
 from opensora.evaluate.vbench.config import (
     DRAWING,
@@ -312,11 +320,17 @@ def _conclude(
     judged: judge.Judgement,
     findings: dict[str, results.Finding],
 ) -> Results:
-    """Put everything together; the first rank writes it."""
+    """Put everything together; the first rank writes it.
+
+    Raises:
+        NumericsError: a measure is no finite number; nothing was written.
+    """
     ordered = {name: findings[name] for name in asked if name in findings}
     proxies = {
         name: rows for name in (judge.MOTION, judge.SMOOTHNESS) if (rows := judged.rows.get(name))
     }
+    samples = results.samples(ordered, proxies)
+    check_finite(samples)
     scores: Results = dict(results.groups(ordered, proxies, one.version))
     warnings = warn.warnings(
         one.config, collection, judged, scores, tasks, unfiltered=one.unfiltered
@@ -336,8 +350,8 @@ def _conclude(
         base = one.output / one.config.name
         results.write_json(Path(f"{base}_full_info.json"), _full_info(one, tasks))
         results.write_json(Path(f"{base}_eval_results.json"), results.upstream_shape(ordered))
-        replace_file(one.output / VALUES_NAME, results.values(ordered, proxies))
-        replace_file(one.output / SCORES_NAME, results.text(scores))
+        write_values(one.output, samples)
+        write_scores(one.output, scores)
         _tell(one, asked, scores)
     return scores
 

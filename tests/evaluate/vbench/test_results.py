@@ -8,7 +8,7 @@ import pytest
 
 from opensora.cli.main import invoke
 from opensora.errors import DataError
-from opensora.evaluate.suite import Subject
+from opensora.evaluate.suite import Subject, write_scores
 from opensora.evaluate.vbench import results, table
 from opensora.evaluate.vbench.aggregate import upstream_totals
 from opensora.evaluate.vbench.judge import Row
@@ -126,7 +126,7 @@ def test_a_table_has_runs_beside_published_models(tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder in (whole, part):
         folder.mkdir()
-        (folder / "scores.json").write_bytes(results.text({**scores, "settings": settings}))
+        write_scores(folder, {**scores, "settings": settings})
         scores["vbench"].pop("color", None)  # the second run lacks it
     text = table.markdown([whole, part])
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in text.splitlines()}

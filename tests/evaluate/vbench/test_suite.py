@@ -2,16 +2,18 @@
 
 import json
 import logging
+import math
 import sys
 
 import pytest
 
 from opensora.cli.judging import SUITES
-from opensora.errors import DataError, UsageError
+from opensora.errors import DataError, NumericsError, UsageError
 from opensora.evaluate import results
 from opensora.evaluate.compare import compare
 from opensora.evaluate.suite import Subject
 from opensora.evaluate.vbench.config import I2VConfig, VBenchConfig
+from opensora.evaluate.vbench.judge import MOTION, PROXIES
 from opensora.evaluate.vbench.suite import I2V_SUITE, SUITE
 from opensora.media.read import read_clip
 from opensora.media.write import write_image
@@ -102,6 +104,18 @@ def test_a_folder_in_vbench_names_is_judged_without_drawing(tmp_path, standard):
     overall, rows = results["temporal_flickering"]
     assert overall == value["mean"]
     assert [set(row) for row in rows] == [{"video_path", "video_results"}] * 2
+
+
+def test_a_measure_that_is_no_number_is_refused_and_taken_again(tmp_path, fill, monkeypatch):
+    folder = fill(tmp_path / "videos", {f"v{i}.mp4": slide(5, 32, 48, 4, seed=i) for i in (0, 1)})
+    told = r"proxy\.motion of group 'proxy' is no finite number for 2 of 2 samples.* 'v0\.mp4'"
+    with monkeypatch.context() as patch:
+        patch.setitem(PROXIES, MOTION, lambda frames: math.nan)
+        with pytest.raises(NumericsError, match=told):
+            judge(Subject(videos=folder), tmp_path / "out", mode="custom")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["measures.jsonl"]
+    scores = judge(Subject(videos=folder), tmp_path / "out", mode="custom")
+    assert scores["proxy"][MOTION]["mean"] > 0
 
 
 def test_still_pictures_are_called_out(tmp_path, fill, caplog):
