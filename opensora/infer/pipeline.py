@@ -35,7 +35,7 @@ from opensora.infer.choices import out_of_memory, shares_a_call
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
 from opensora.infer.savings import DecodeConfig, SavingsConfig, decode
-from opensora.infer.settings import Sample, Samples, SamplingConfig, Seed, Shape
+from opensora.infer.settings import Sample, Samples, SamplingConfig, Seed, Shape, check_fit
 from opensora.memory import free_bytes
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
@@ -248,17 +248,11 @@ class VideoPipeline:
         """(C, T, H, W) of the latents of a video.
 
         Raises:
-            UsageError: the shape does not divide into the VAE's strides and the model's patches.
+            Misfit: the shape does not divide into the VAE's strides and the model's patches.
         """
-        latent_shape = self.vae.latent_shape(shape.num_frames, shape.height, shape.width)
-        _, down, across = self.config.model.patch
-        if latent_shape[2] % down or latent_shape[3] % across:
-            sides = (self.vae.stride[1] * down, self.vae.stride[2] * across)
-            raise UsageError(
-                f"a video of {shape.height}x{shape.width} does not fit the model: its sides must "
-                f"be multiples of {sides[0]}x{sides[1]}"
-            )
-        return latent_shape
+        size = (shape.num_frames, shape.height, shape.width)
+        check_fit(*size, stride=self.vae.stride, patch=self.config.model.patch)
+        return self.vae.latent_shape(*size)
 
     @property
     def free(self) -> float:
