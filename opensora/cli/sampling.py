@@ -25,10 +25,10 @@ from opensora.infer.jobs import jobs
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.placing import place as put
 from opensora.infer.prompt_lines import Line
 from opensora.infer.records import read_records
 from opensora.infer.savings import SavingsConfig
-from opensora.infer.savings import place as put
 from opensora.media.picture import is_picture, read_picture
 from opensora.media.read import read_clip
 from opensora.media.sheet import contact_sheet

@@ -221,10 +221,10 @@ def _pyramid(
         levels = torch.cat([levels.new_zeros(len(levels), seen), levels], dim=1)
         x = torch.cat([context, window], dim=2)
         fresh = partial(noise, first, frames=x.shape[2])
-        with out_of_memory(pipeline, "denoising", shape, 1):
+        with out_of_memory(pipeline.device, pipeline.savings, "denoising", shape, 1):
             x = pipeline.walk(guide, x, levels, sampling, video.callback, fresh)
         context = x[:, :, : seen + long.chunk]
-        with out_of_memory(pipeline, "decoding", shape, 1):
+        with out_of_memory(pipeline.device, pipeline.savings, "decoding", shape, 1):
             frames = to_uint8(decode(context[:, :, seen:]))[0]
         yield frames
         context = context[:, :, -long.context :]

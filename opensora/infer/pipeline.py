@@ -128,7 +128,7 @@ class VideoPipeline:
         self.device = self.device if device is None else torch.device(device)
         self.dtype = dtype or self.dtype
         if self.savings.offload:
-            raise UsageError("weights of this pipeline wait on the host: `infer.savings.place` it")
+            raise UsageError("weights of this pipeline wait on the host: `infer.placing.place` it")
         for part in (self.model, self.text, self.vae):
             part.to(self.device)
         if self.weaker is not None:
@@ -189,7 +189,7 @@ class VideoPipeline:
             return torch.stack(drawn)
 
         guided = sampling.guidance.scale != 1 and sampling.guidance.batched is not False
-        with out_of_memory(self, "denoising", shape, count, calls=1 + guided):
+        with out_of_memory(self.device, self.savings, "denoising", shape, count, calls=1 + guided):
             latents = self.draw_latents(
                 noise() if call.noise is None else call.noise.to(self.device).float(),
                 call.words,
@@ -203,7 +203,7 @@ class VideoPipeline:
         if call.output == "latent":
             drawn = list(latents)
         else:
-            with out_of_memory(self, "decoding", shape, count):
+            with out_of_memory(self.device, self.savings, "decoding", shape, count):
                 pixels = decode(self.vae, latents, self.decoding(shape, count))
             drawn = frames_of(pixels, call.output)
         rows = zip(call.prompts, call.seeds, drawn, strict=True)

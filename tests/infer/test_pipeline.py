@@ -11,7 +11,8 @@ from opensora.data.transforms import to_uint8
 from opensora.engine import checkpoint, saving
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
-from opensora.infer.savings import SavingsConfig, place
+from opensora.infer.placing import place
+from opensora.infer.savings import SavingsConfig
 from tests.infer.conftest import SHAPE, build_pipeline
 
 PROMPTS = ["a red circle moving right", "a blue square", "two green triangles moving up slowly"]
