@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from opensora.data.buckets import frame_sizes, num_pixels
 from opensora.errors import UsageError
@@ -242,6 +243,51 @@ class Size:
             ) from None
         ((height, width),) = frame_sizes(area, (aspect,), multiple)
         return height, width
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call of `opensora sample` asks for, beside the checkpoint.
+
+    Attributes:
+        words: prompts, and what is added to them.
+        frames: that are given.
+        size: of the videos.
+        sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
+        long: kind of long video, or None; `overlap` of its windows in latent frames.
+        output: the folder; None is one of its own in `OUTPUT`.
+        suffix: the format; None is that of a picture for one frame, of a video for more.
+        weaker: checkpoint to guide away from.
+        share: what ranks share.
+        grid: write `grid.png`, a row of frames for each video, or all pictures.
+        refine: endpoint or folder of a language model that writes prompts out.
+        savings: tree of `SavingsConfig`.
+        dtype: fp32, bf16 or fp16, the arithmetic of the denoiser.
+    """
+
+    words: Words
+    frames: Frames
+    size: Size
+    output: Path | None
+    seed: int
+    per_prompt: int
+    sampling: dict[str, Any]
+    negative_prompt: str
+    batch_size: int | None
+    suffix: str | None
+    averaged: bool
+    device: str
+    attention: str
+    settings: list[str] = field(default_factory=list)
+    long: str | None = None
+    overlap: int | None = None
+    weaker: Path | None = None
+    share: str = "prompts"
+    refine: str = ""
+    refine_model: str = ""
+    grid: bool = False
+    savings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "fp32"
 
 
 def jobs_of(
