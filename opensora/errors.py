@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 
@@ -119,6 +121,32 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f" Known: {', '.join(candidates)}." if candidates else ""
 
 
+_TORCHAO = {
+    "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+    "torchao.kernel.intmm": ("Detected no triton",),
+    "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),
+}
+"""Logger -> parts of what is logged where torchao is imported: kernels that it has for another
+build, and how it registers its own classes. Nobody who draws a video can mend either."""
+
+
+@contextmanager
+def _without_torchao() -> Iterator[None]:
+    """Inside the block those lines are not logged; all others are."""
+
+    def heard(record: logging.LogRecord) -> bool:
+        return not any(part in record.getMessage() for part in _TORCHAO[record.name])
+
+    loggers = [logging.getLogger(name) for name in _TORCHAO]
+    for logger in loggers:
+        logger.addFilter(heard)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(heard)
+
+
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional package by its dotted name, or say which extra brings it.
 
@@ -126,7 +154,11 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
         MissingPackageError: naming the package, what it is for, and the command that installs it.
     """
     try:
-        return importlib.import_module(package)
+        with _without_torchao():
+            if package == "transformers":  # its models would import torchao later, with a word
+                with suppress(Exception):
+                    importlib.import_module("transformers.modeling_utils")
+            return importlib.import_module(package)
     except ImportError as error:
         raise MissingPackageError(
             f"{purpose} needs the package '{package.partition('.')[0]}', which cannot be imported "

@@ -14,6 +14,7 @@ from opensora import config as configs
 from opensora.cli import main as cli
 from opensora.cli.inspect import kind_of, schemas
 from opensora.errors import UsageError
+from opensora.train import forecast
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -73,7 +74,10 @@ def check_command(words: list[str]) -> None:
     named = [v for v in values.values() if isinstance(v, Path) and v.suffix == ".yaml"]
     for path in named:
         tree = configs.override(configs.read(ROOT / path), list(values.get("overrides") or []))
-        configs.validate(schemas()[kind_of(tree)], tree, where=str(path))
+        loaded: Any = configs.validate(schemas()[kind_of(tree)], tree, where=str(path))
+        if values.get("gpus") and not values["sample"]:
+            for bucket in forecast._largest(loaded):
+                forecast.share_of(loaded, values["gpus"], bucket)
 
 
 def test_the_documents_hold_commands():
@@ -87,6 +91,7 @@ def test_the_documents_hold_commands():
         ["train", "configs/tiny/vae.yaml", "--fast"],
         ["train", "configs/tiny/vae.yaml", "stepz=3"],
         ["data", "render", "out", "--number", "3"],
+        ["plan", "configs/stdit/819k.yaml", "--gpus", "8"],  # one clip is too few for eight
     ],
     ids=" ".join,
 )

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_imports_run_down(path: Path):
         assert below < here or below == here == 0, (
             f"{path.name} on floor {here} ({room}) imports {name} on floor {below}"
         )
+
+
+def test_no_import_runs_in_a_circle():
+    """Those for types alone and those inside functions count as well."""
+    files = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in sources()}
+    needs = {
+        module: {
+            part
+            for name, _ in imports(path)
+            for part in (name, name.rpartition(".")[0])
+            if part in files and part != module
+        }
+        for module, path in files.items()
+    }
+    TopologicalSorter(needs).prepare()  # CycleError names the circle
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from opensora.data.buckets import frame_sizes, num_pixels
 from opensora.errors import UsageError
@@ -13,6 +14,7 @@ from opensora.infer.conditions import Reference, check_reference
 from opensora.infer.jobs import PROMPT_FILES, Job, read_prompts
 from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.infer.prompt_lines import Line, parse, with_scores
+from opensora.infer.settings import Misfit, check_fit
 from opensora.media.picture import is_picture
 
 STRENGTH = 0.6  # of an edit
@@ -205,29 +207,23 @@ class Size:
         known = {"num_frames": self.num_frames, "fps": self.fps}
         known |= {"height": self.height, "width": self.width}
         shape = replace(pipeline.shape, **{k: v for k, v in known.items() if v is not None})
-        (time, *stride), (_, *patch) = pipeline.vae.stride, pipeline.config.model.patch
-        multiple = (stride[0] * patch[0], stride[1] * patch[1])
+        stride, patch = pipeline.vae.stride, pipeline.config.model.patch
         if self.resolution is not None or self.aspect is not None:
             if self.height is not None or self.width is not None:
                 raise UsageError(
                     "give --height and --width, or --resolution and --aspect, not both"
                 )
-            height, width = self._named(pipeline.shape, multiple)
+            sides = (stride[1] * patch[1], stride[2] * patch[2])
+            height, width = self._named(pipeline.shape, sides)
             shape = replace(shape, height=height, width=width)
-        if not any_length and (shape.num_frames - 1) % time:
-            below = shape.num_frames - (shape.num_frames - 1) % time
-            raise UsageError(
-                f"{shape.num_frames} frames do not fit the model, which draws 1 + {time} k: give "
-                f"--frames {below} or {below + time}, or any number with --long"
-            )
-        sides = zip((shape.height, shape.width), multiple, strict=True)
-        near = [max(1, round(side / unit)) * unit for side, unit in sides]
-        if near != [shape.height, shape.width]:
-            raise UsageError(
-                f"a height of {shape.height} and a width of {shape.width} do not fit the model, "
-                f"whose sides are multiples of {multiple[0]} and {multiple[1]}: give --height "
-                f"{near[0]} --width {near[1]}"
-            )
+        frames = 1 if any_length else shape.num_frames
+        try:
+            check_fit(frames, shape.height, shape.width, stride=stride, patch=patch)
+        except Misfit as found:
+            one, other = found.nearest
+            frames = f"--frames {one} or {other}, or any number with --long"
+            fits = frames if found.field == "num_frames" else f"--height {one} --width {other}"
+            raise UsageError(f"{found.reason}: give {fits}") from None
         return shape
 
     def _named(self, trained: Shape, multiple: tuple[int, int]) -> tuple[int, int]:
@@ -247,6 +243,51 @@ class Size:
             ) from None
         ((height, width),) = frame_sizes(area, (aspect,), multiple)
         return height, width
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call of `opensora sample` asks for, beside the checkpoint.
+
+    Attributes:
+        words: prompts, and what is added to them.
+        frames: that are given.
+        size: of the videos.
+        sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
+        long: kind of long video, or None; `overlap` of its windows in latent frames.
+        output: the folder; None is one of its own in `OUTPUT`.
+        suffix: the format; None is that of a picture for one frame, of a video for more.
+        weaker: checkpoint to guide away from.
+        share: what ranks share.
+        grid: write `grid.png`, a row of frames for each video, or all pictures.
+        refine: endpoint or folder of a language model that writes prompts out.
+        savings: tree of `SavingsConfig`.
+        dtype: fp32, bf16 or fp16, the arithmetic of the denoiser.
+    """
+
+    words: Words
+    frames: Frames
+    size: Size
+    output: Path | None
+    seed: int
+    per_prompt: int
+    sampling: dict[str, Any]
+    negative_prompt: str
+    batch_size: int | None
+    suffix: str | None
+    averaged: bool
+    device: str
+    attention: str
+    settings: list[str] = field(default_factory=list)
+    long: str | None = None
+    overlap: int | None = None
+    weaker: Path | None = None
+    share: str = "prompts"
+    refine: str = ""
+    refine_model: str = ""
+    grid: bool = False
+    savings: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "fp32"
 
 
 def jobs_of(

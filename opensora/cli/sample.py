@@ -171,8 +171,8 @@ def sample(
         raise UsageError("give prompts as arguments, or a --file of them")
     if not checkpoint.exists():
         raise CheckpointError(f"{checkpoint} does not exist: {ASK_FOR}; nothing is downloaded")
-    from opensora.cli.asked import Frames, Size, Words
-    from opensora.cli.sampling import Asked, draw
+    from opensora.cli.asked import Asked, Frames, Size, Words
+    from opensora.cli.sampling import draw
     from opensora.cli.speed import cache_tree, savings_tree
 
     guided = {"scale": guidance, "rescale": rescale}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from opensora.cli.asked import Asked
 from opensora.errors import UsageError
 from opensora.infer.settings import SamplingConfig
-
-if TYPE_CHECKING:
-    from opensora.cli.sampling import Asked
 
 
 def refuse_unused(asked: Asked, sampling: SamplingConfig, ranks: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -14,7 +14,7 @@ import torch
 
 from opensora import config as configs
 from opensora import runtime
-from opensora.cli.asked import Frames, Size, Words, jobs_of
+from opensora.cli.asked import Asked, jobs_of
 from opensora.cli.progress import Stages
 from opensora.cli.sample_rules import refuse_unused
 from opensora.diffusion.guidance import GuidanceConfig
@@ -25,10 +25,10 @@ from opensora.infer.jobs import jobs
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig
 from opensora.infer.parallel import SHARING, team_of
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.placing import place as put
 from opensora.infer.prompt_lines import Line
 from opensora.infer.records import read_records
 from opensora.infer.savings import SavingsConfig
-from opensora.infer.savings import place as put
 from opensora.media.picture import is_picture, read_picture
 from opensora.media.read import read_clip
 from opensora.media.sheet import contact_sheet
@@ -49,51 +49,6 @@ GRID_COLUMNS = 6
 BATCH_SIZE = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONG = {"windows": WindowsConfig, "pyramid": PyramidWindowConfig}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a call of `opensora sample` asks for, beside the checkpoint.
-
-    Attributes:
-        words: prompts, and what is added to them.
-        frames: that are given.
-        size: of the videos.
-        sampling: tree of `SamplingConfig`; `settings` are KEY=VALUE of the same.
-        long: kind of long video, or None; `overlap` of its windows in latent frames.
-        output: the folder; None is one of its own in `OUTPUT`.
-        suffix: the format; None is that of a picture for one frame, of a video for more.
-        weaker: checkpoint to guide away from.
-        share: what ranks share.
-        grid: write `grid.png`, a row of frames for each video, or all pictures.
-        refine: endpoint or folder of a language model that writes prompts out.
-        savings: tree of `SavingsConfig`.
-        dtype: one of DTYPES, the arithmetic of the denoiser.
-    """
-
-    words: Words
-    frames: Frames
-    size: Size
-    output: Path | None
-    seed: int
-    per_prompt: int
-    sampling: dict[str, Any]
-    negative_prompt: str
-    batch_size: int | None
-    suffix: str | None
-    averaged: bool
-    device: str
-    attention: str
-    settings: list[str] = field(default_factory=list)
-    long: str | None = None
-    overlap: int | None = None
-    weaker: Path | None = None
-    share: str = "prompts"
-    refine: str = ""
-    refine_model: str = ""
-    grid: bool = False
-    savings: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "fp32"
 
 
 def draw(checkpoint: Path, asked: Asked) -> None:

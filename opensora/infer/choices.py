@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from opensora.errors import OutOfMemory
 from opensora.infer import forecast
@@ -17,9 +19,6 @@ from opensora.infer.savings import DecodeConfig, SavingsConfig
 from opensora.infer.settings import Shape
 from opensora.memory import free_bytes, is_out_of_memory
 from opensora.zoo import DenoiserConfig, VAEConfig
-
-if TYPE_CHECKING:
-    from opensora.infer.pipeline import VideoPipeline
 
 Phase = Literal["denoising", "decoding"]
 
@@ -114,11 +113,18 @@ def told(way: DecodeConfig) -> str:
 
 @contextmanager
 def out_of_memory(
-    pipeline: VideoPipeline, phase: Phase, shape: Shape, batch: int, *, calls: int = 1
+    device: torch.device,
+    savings: SavingsConfig,
+    phase: Phase,
+    shape: Shape,
+    batch: int,
+    *,
+    calls: int = 1,
 ) -> Iterator[None]:
     """Turn an allocator's refusal inside the block into one line.
 
     Args:
+        device, savings: of the pipeline.
         batch: videos.
         calls: branches of guidance that share a call.
 
@@ -130,8 +136,8 @@ def out_of_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        device, size = pipeline.device, f"{shape.num_frames}x{shape.height}x{shape.width}"
-        changes = fixes(pipeline.savings, phase, shape, batch, calls=calls, device=device.type)
+        size = f"{shape.num_frames}x{shape.height}x{shape.width}"
+        changes = fixes(savings, phase, shape, batch, calls=calls, device=device.type)
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OutOfMemory(
             f"out of memory in {phase} {batch} x {size} on {device} "

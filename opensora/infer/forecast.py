@@ -23,6 +23,7 @@ from opensora.engine.planner import Device
 from opensora.errors import UsageError
 from opensora.infer.quantize import BYTES, linears_of
 from opensora.infer.savings import DecodeConfig, SavingsConfig
+from opensora.infer.settings import check_fit
 from opensora.text.encoders import TextConfig
 from opensora.text.t5_clip import T5CLIPConfig
 from opensora.text.words import WordsConfig
@@ -240,14 +241,9 @@ class Forecast:
         self.vae = config.vae
         with torch.device("meta"):
             vae = zoo.build_vae(config.vae)
-        self.latents = vae.latent_shape(wanted.num_frames, wanted.height, wanted.width)
-        _, down, across = config.model.patch
-        if self.latents[2] % down or self.latents[3] % across:
-            sides = (vae.stride[1] * down, vae.stride[2] * across)
-            raise UsageError(
-                f"a video of {wanted.height}x{wanted.width} does not fit the model: its sides must "
-                f"be multiples of {sides[0]}x{sides[1]}"
-            )
+        size = (wanted.num_frames, wanted.height, wanted.width)
+        check_fit(*size, stride=vae.stride, patch=config.model.patch)
+        self.latents = vae.latent_shape(*size)
         self._calls: dict[int, Footprint] = {}
         self._decoded: dict[str, int] = {}
 

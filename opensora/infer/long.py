@@ -11,10 +11,11 @@ Both yield frames as soon as they are finished.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ from opensora.errors import UsageError
 from opensora.infer.choices import out_of_memory
 from opensora.infer.conditions import Given
 from opensora.infer.pipeline import Callback, SamplingConfig, Shape, VideoPipeline
+
+log = logging.getLogger("opensora")
 
 
 class WindowsConfig(Config):
@@ -98,11 +101,24 @@ def stream(
     if isinstance(long, WindowsConfig):
         pieces = _windows(video, long, given)
     else:
+        trained = pipeline.config.timesteps.levels
+        if trained != "independent":
+            _warn(
+                f"a pyramid has frames at different levels, and this model was trained with "
+                f"timesteps.levels={trained}: train with timesteps.levels=independent, or draw "
+                "long videos in windows"
+            )
         pieces = _pyramid(video, long, given)
     left = num_frames
     for piece in pieces:
         yield piece[:left]
         left -= len(piece)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once for all videos of a process."""
+    log.warning(text)
 
 
 @dataclass(frozen=True)
@@ -205,10 +221,10 @@ def _pyramid(
         levels = torch.cat([levels.new_zeros(len(levels), seen), levels], dim=1)
         x = torch.cat([context, window], dim=2)
         fresh = partial(noise, first, frames=x.shape[2])
-        with out_of_memory(pipeline, "denoising", shape, 1):
+        with out_of_memory(pipeline.device, pipeline.savings, "denoising", shape, 1):
             x = pipeline.walk(guide, x, levels, sampling, video.callback, fresh)
         context = x[:, :, : seen + long.chunk]
-        with out_of_memory(pipeline, "decoding", shape, 1):
+        with out_of_memory(pipeline.device, pipeline.savings, "decoding", shape, 1):
             frames = to_uint8(decode(context[:, :, seen:]))[0]
         yield frames
         context = context[:, :, -long.context :]

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensora.errors import UsageError
-
-if TYPE_CHECKING:
-    from opensora.infer.pipeline import VideoPipeline
 
 
 @dataclass
@@ -161,17 +158,3 @@ def visit(module: nn.Module, method: str, device: torch.device) -> None:
             module.to("cpu")
 
     setattr(module, method, there)
-
-
-def apply(pipeline: VideoPipeline, device: str | torch.device, *, ahead: int = 1) -> BlockStream:
-    """Let a pipeline draw on a device that its weights do not fit; instead of `pipeline.to`.
-
-    Args:
-        pipeline: on the CPU.
-        ahead: blocks of the denoiser that are fetched before they are needed.
-    """
-    pipeline.device = torch.device(device)
-    visit(pipeline.text, "encode", pipeline.device)
-    for method in ("encode", "reconstruct"):
-        visit(pipeline.vae, method, pipeline.device)
-    return BlockStream(pipeline.model, pipeline.device, ahead=ahead)

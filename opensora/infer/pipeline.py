@@ -35,7 +35,7 @@ from opensora.infer.choices import out_of_memory, shares_a_call
 from opensora.infer.conditions import Given, begin
 from opensora.infer.parallel import Team
 from opensora.infer.savings import DecodeConfig, SavingsConfig, decode
-from opensora.infer.settings import Sample, Samples, SamplingConfig, Seed, Shape
+from opensora.infer.settings import Sample, Samples, SamplingConfig, Seed, Shape, check_fit
 from opensora.memory import free_bytes
 from opensora.types import Condition
 from opensora.vae.causal import CausalVAE
@@ -128,7 +128,7 @@ class VideoPipeline:
         self.device = self.device if device is None else torch.device(device)
         self.dtype = dtype or self.dtype
         if self.savings.offload:
-            raise UsageError("weights of this pipeline wait on the host: `infer.savings.place` it")
+            raise UsageError("weights of this pipeline wait on the host: `infer.placing.place` it")
         for part in (self.model, self.text, self.vae):
             part.to(self.device)
         if self.weaker is not None:
@@ -189,7 +189,7 @@ class VideoPipeline:
             return torch.stack(drawn)
 
         guided = sampling.guidance.scale != 1 and sampling.guidance.batched is not False
-        with out_of_memory(self, "denoising", shape, count, calls=1 + guided):
+        with out_of_memory(self.device, self.savings, "denoising", shape, count, calls=1 + guided):
             latents = self.draw_latents(
                 noise() if call.noise is None else call.noise.to(self.device).float(),
                 call.words,
@@ -203,7 +203,7 @@ class VideoPipeline:
         if call.output == "latent":
             drawn = list(latents)
         else:
-            with out_of_memory(self, "decoding", shape, count):
+            with out_of_memory(self.device, self.savings, "decoding", shape, count):
                 pixels = decode(self.vae, latents, self.decoding(shape, count))
             drawn = frames_of(pixels, call.output)
         rows = zip(call.prompts, call.seeds, drawn, strict=True)
@@ -248,17 +248,11 @@ class VideoPipeline:
         """(C, T, H, W) of the latents of a video.
 
         Raises:
-            UsageError: the shape does not divide into the VAE's strides and the model's patches.
+            Misfit: the shape does not divide into the VAE's strides and the model's patches.
         """
-        latent_shape = self.vae.latent_shape(shape.num_frames, shape.height, shape.width)
-        _, down, across = self.config.model.patch
-        if latent_shape[2] % down or latent_shape[3] % across:
-            sides = (self.vae.stride[1] * down, self.vae.stride[2] * across)
-            raise UsageError(
-                f"a video of {shape.height}x{shape.width} does not fit the model: its sides must "
-                f"be multiples of {sides[0]}x{sides[1]}"
-            )
-        return latent_shape
+        size = (shape.num_frames, shape.height, shape.width)
+        check_fit(*size, stride=self.vae.stride, patch=self.config.model.patch)
+        return self.vae.latent_shape(*size)
 
     @property
     def free(self) -> float:

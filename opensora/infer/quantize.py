@@ -6,8 +6,6 @@ fp8 (e4m3) to 1 / 16 of each entry. Embedders, norms, modulation tables and the 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any, Literal
 
 from torch import nn
@@ -38,17 +36,11 @@ def quantize(model: nn.Module, precision: Precision) -> None:
     if model.training:
         raise UsageError("quantized weights serve sampling only: put the model into eval mode")
     chosen = set(map(id, linears_of(model)))
-    with warnings.catch_warnings():
-        # It tells of kernels of its own that this build of torch cannot load, and of itself.
-        warnings.simplefilter("ignore")
-        logging.getLogger("torchao").setLevel(logging.ERROR)
-        library: Any = require(
-            "torchao.quantization", extra="quantize", purpose=f"quantize {precision}"
-        )
-        configs = {
-            "int8": library.Int8WeightOnlyConfig,
-            "fp8": library.Float8WeightOnlyConfig,
-        }
-        library.quantize_(
-            model, configs[precision](), filter_fn=lambda module, _: id(module) in chosen
-        )
+    library: Any = require(
+        "torchao.quantization", extra="quantize", purpose=f"quantize {precision}"
+    )
+    configs = {
+        "int8": library.Int8WeightOnlyConfig,
+        "fp8": library.Float8WeightOnlyConfig,
+    }
+    library.quantize_(model, configs[precision](), filter_fn=lambda module, _: id(module) in chosen)

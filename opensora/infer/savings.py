@@ -1,20 +1,14 @@
-"""Less memory for a pipeline: what is streamed, what is made smaller, how a video is decoded."""
+"""Less memory for a pipeline, as a config; `infer.placing` does it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from opensora.config import Config
-from opensora.infer import offload
-from opensora.infer.quantize import quantize
 from opensora.vae.tiling import VAE, TilingConfig, decode_tiled
-
-if TYPE_CHECKING:
-    from opensora.infer.pipeline import VideoPipeline
 
 
 class DecodeConfig(Config):
@@ -62,18 +56,3 @@ def decode(vae: VAE, latents: Tensor, config: DecodeConfig) -> Tensor:
     if config.tile is True:
         return decode_tiled(vae, latents, tiling=config.tiling, chunk=config.chunk)
     return vae.decode(latents, chunk=config.chunk)
-
-
-def place(pipeline: VideoPipeline, config: SavingsConfig, device: str | torch.device) -> None:
-    """Put a pipeline from the CPU onto a device, in the place of `pipeline.to`.
-
-    Its fingerprint says how weights were rounded, so that samples are not taken for others.
-    """
-    if config.quantize != "none":
-        quantize(pipeline.model, config.quantize)
-        pipeline.fingerprint = f"{pipeline.fingerprint} {config.quantize}".strip()
-    pipeline.savings = config
-    if config.offload:
-        offload.apply(pipeline, device, ahead=config.ahead)
-    else:
-        pipeline.to(device)

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from opensora.errors import UsageError, did_you_mean
+from opensora.errors import did_you_mean
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.settings import Misfit
 from opensora.serve.config import MAX_SEED, Bounds
 from opensora.serve.refusals import Refusal, quoted
 
@@ -133,8 +134,8 @@ def check(
     _within("size", work, bounds.work, what="width x height x frames x steps")
     try:
         latent_frames = pipeline.latent_shape(shape)[1]
-    except UsageError:
-        raise _misfit(shape, multiples(pipeline)) from None
+    except Misfit as misfit:
+        raise _misfit(misfit) from None
     if with_picture and latent_frames < 2:
         raise Refusal(
             "invalid_value",
@@ -157,13 +158,11 @@ def multiples(pipeline: VideoPipeline) -> dict[str, int]:
     }
 
 
-def _misfit(shape: Shape, fits: dict[str, int]) -> Refusal:
+def _misfit(found: Misfit) -> Refusal:
+    one, other = found.nearest
+    fits = f"{one} or {other}" if found.field == "num_frames" else f"{other}x{one}"
     return Refusal(
-        "invalid_value",
-        f"{shape.num_frames} frames of {shape.width}x{shape.height} do not fit the model: "
-        f"the width is a multiple of {fits['width']}, the height of {fits['height']}, "
-        f"and the frames are one more than a multiple of {fits['num_frames']}",
-        param="num_frames" if (shape.num_frames - 1) % fits["num_frames"] else "size",
+        "invalid_value", f"{found.reason}: give `{found.field}` as {fits}", param=found.field
     )
 
 
@@ -171,7 +170,9 @@ def _fields(tree: dict[str, Any]) -> VideoFields:
     try:
         return VideoFields.model_validate(tree)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    # An unknown field first: a misspelt `prompt` is also missing.
+    first = min(found, key=lambda one: one["type"] != "extra_forbidden")
     name = quoted(first["loc"][0]) if first["loc"] else None
     if first["type"] == "extra_forbidden":
         hint = did_you_mean(str(name), VideoFields.model_fields)

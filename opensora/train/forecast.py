@@ -138,9 +138,13 @@ def share_of(config: TrainConfig, ranks: int, bucket: Bucket) -> Share:
     degree = layout.degree_for(bucket.num_tokens, config.parallel.max_tokens)
     parts = layout.world_size // (degree * layout.tp)
     if bucket.batch_size < parts:
+        more = next(
+            n for n in range(2, parts + 1) if parts % n == 0 and parts // n <= bucket.batch_size
+        )
         raise UsageError(
             f"the bucket {bucket.shape} has a batch size of {bucket.batch_size}, too few for "
-            f"{parts} data-parallel ranks; raise it, or share clips with parallel.ulysses"
+            f"{parts} data-parallel ranks; raise it, or share clips with "
+            f"parallel.ulysses={layout.ulysses * more}"
         )
     mine = ceil(bucket.batch_size / parts)
     return Share(layout, degree, min(mine, config.micro_batch or mine))

@@ -143,7 +143,7 @@ def test_changes_that_are_made_are_not_named_again():
 def test_other_errors_stay_what_they_are(open_pipeline):
     with (
         pytest.raises(RuntimeError, match="shapes do not match"),
-        choices.out_of_memory(open_pipeline, "decoding", SHAPE, 1),
+        choices.out_of_memory(open_pipeline.device, open_pipeline.savings, "decoding", SHAPE, 1),
     ):
         raise RuntimeError("shapes do not match")
 

@@ -8,9 +8,10 @@ import torch
 
 from opensora.errors import UsageError
 from opensora.infer.conditions import Given
-from opensora.infer.long import PyramidWindowConfig, WindowsConfig, stream
+from opensora.infer.long import PyramidWindowConfig, WindowsConfig, _warn, stream
 from opensora.infer.pipeline import SamplingConfig, Shape
 from opensora.infer.savings import DecodeConfig, SavingsConfig
+from tests.infer.conftest import build_pipeline
 from tests.infer.test_conditions import moving
 
 QUICK = SamplingConfig.model_validate({"schedule": {"num_steps": 4}, "guidance": {"scale": 2.0}})
@@ -160,3 +161,18 @@ def test_prompts_and_frames_for_windows_that_there_are_not_are_refused(pipeline)
         with pytest.raises(UsageError, match="29 frames are 2 windows"):
             pieces(pipeline, 29, WindowsConfig(overlap=2), **options)
         assert sum(map(len, pieces(pipeline, 30, WindowsConfig(overlap=2), **options))) == 30
+
+
+def test_a_pyramid_on_a_model_of_shared_levels_is_warned_of_once(pipeline, caplog):
+    def told(drawn_by, kind) -> list[str]:
+        caplog.clear()
+        next(stream(drawn_by, ["a"], num_frames=5, seed=0, long=kind, sampling=QUICK))
+        return [record.getMessage() for record in caplog.records]
+
+    _warn.cache_clear()
+    independent = {"kind": "uniform", "levels": "independent"}
+    assert told(build_pipeline(timesteps=independent), PyramidWindowConfig()) == []
+    assert told(pipeline, WindowsConfig(overlap=1)) == []
+    (line,) = told(pipeline, PyramidWindowConfig())
+    assert "timesteps.levels=shared" in line
+    assert told(pipeline, PyramidWindowConfig()) == []

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from opensora.errors import UsageError
-from opensora.infer import offload
 from opensora.infer.offload import BlockStream
 from opensora.infer.pipeline import SamplingConfig
-from opensora.infer.savings import SavingsConfig, place
+from opensora.infer.placing import place, stream_blocks
+from opensora.infer.savings import SavingsConfig
 from tests.infer.conftest import build_pipeline
 from tests.infer.test_caching import condition, model_of, noise
 
@@ -89,7 +89,7 @@ def test_a_pipeline_draws_the_same_video_offloaded(cache):
 
 def test_text_and_vae_are_there_only_while_they_work(monkeypatch):
     pipeline = build_pipeline()
-    offload.apply(pipeline, "cpu")
+    stream_blocks(pipeline, "cpu")
     trips: list[tuple[str, str]] = []
     for name in ("text", "vae"):
         part = getattr(pipeline, name)

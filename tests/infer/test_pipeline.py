@@ -11,7 +11,8 @@ from opensora.data.transforms import to_uint8
 from opensora.engine import checkpoint, saving
 from opensora.errors import CheckpointError, UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
-from opensora.infer.savings import SavingsConfig, place
+from opensora.infer.placing import place
+from opensora.infer.savings import SavingsConfig
 from tests.infer.conftest import SHAPE, build_pipeline
 
 PROMPTS = ["a red circle moving right", "a blue square", "two green triangles moving up slowly"]
@@ -241,9 +242,10 @@ def test_another_shape_and_rate_may_be_asked(pipeline):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"num_frames": 6}, r"1 \+ 4k frames"),
-        ({"height": 36}, "multiples of 8x8"),
-        ({"width": 40}, "multiples of 16x16"),
+        ({"num_frames": 6}, r"1 \+ 4 k: give num_frames=5 or 9$"),
+        ({"num_frames": 0}, r"give num_frames=1 or 5$"),
+        ({"height": 36}, "give height=32, width=32$"),
+        ({"width": 40}, "multiples of 16 and 16: give height=32, width=32$"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused(change, told, pipeline):

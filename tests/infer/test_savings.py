@@ -7,8 +7,9 @@ import torch
 from opensora import config as configs
 from opensora.errors import UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape
+from opensora.infer.placing import place
 from opensora.infer.quantize import linears_of, quantize
-from opensora.infer.savings import DecodeConfig, SavingsConfig, decode, place
+from opensora.infer.savings import DecodeConfig, SavingsConfig, decode
 from tests.infer.conftest import build_pipeline
 from tests.infer.test_caching import condition, model_of, noise
 

@@ -6,7 +6,8 @@ import torch
 from opensora.infer.conditions import Given
 from opensora.infer.long import PyramidWindowConfig, WindowsConfig, stream
 from opensora.infer.pipeline import SamplingConfig, Shape
-from opensora.infer.savings import SavingsConfig, place
+from opensora.infer.placing import place
+from opensora.infer.savings import SavingsConfig
 from tests.dist.dist_support import run
 from tests.infer.conftest import build_pipeline
 from tests.infer.test_conditions import moving

@@ -17,8 +17,8 @@ import httpx
 import numpy as np
 import pytest
 
-from opensora.errors import UsageError
 from opensora.infer.pipeline import Sample, Shape
+from opensora.infer.settings import check_fit
 from opensora.serve import server
 from opensora.serve.api import Service, build
 from opensora.serve.config import ServeConfig
@@ -57,8 +57,8 @@ class Paced:
         self.arrived = threading.Semaphore(0)
 
     def latent_shape(self, shape):
-        if shape.height % 8 or shape.width % 8 or shape.num_frames % 4 != 1:
-            raise UsageError("sides must be multiples of 8x8, frames 1 + 4 k")
+        size = (shape.num_frames, shape.height, shape.width)
+        check_fit(*size, stride=self.vae.stride, patch=self.config.model.patch)
         return 4, 1 + (shape.num_frames - 1) // 4, shape.height // 4, shape.width // 4
 
     def __call__(self, prompts, *, seeds, shape, sampling, callback, **_):

@@ -246,6 +246,24 @@ def service(tmp_path):
         yield service
 
 
+@pytest.mark.parametrize(
+    ("request_", "param", "told"),
+    [
+        (post(num_frames=6), "num_frames", "draws 1 + 4 k: give `num_frames` as 5 or 9"),
+        (post(size="15x23"), "size", "multiples of 8 and 8: give `size` as 16x24"),
+        (post({"promt": "a"}), "promt", "there is no field `promt`. Did you mean 'prompt'?"),
+    ],
+)
+def test_a_refusal_says_the_nearest_that_is_taken(request_, param, told, service):
+    async def ask():
+        async with client(service) as http:
+            return await http.request(**request_)
+
+    error = asyncio.run(ask()).json()["error"]
+    assert error["param"] == param
+    assert told in error["message"]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_request_is_refused_and_leaves_nothing(name, service, monkeypatch):
     request, code = HOSTILE[name]

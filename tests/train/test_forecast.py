@@ -234,7 +234,7 @@ def test_an_engine_that_shards_nothing_is_planned_as_the_local_one(tmp_path):
 
 
 def test_too_few_clips_and_unknown_devices_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="batch size of 3, too few for 4"):
+    with pytest.raises(UsageError, match=r"batch size of 3, too few for 4.*parallel\.ulysses=2$"):
         forecast(planned(tmp_path), 4, H200, rate=1e12)
     with pytest.raises(UsageError, match="--gpu h20 is unknown"):
         planner.device("h20")

@@ -9,7 +9,7 @@ import numpy as np
 
 from opensora.evaluate.vbench.config import JudgingConfig, VBenchConfig
 from opensora.evaluate.vbench.judge import LENGTH, MOTION, Judgement, Task
-from opensora.evaluate.vbench.prompts import READ_SAMPLES
+from opensora.evaluate.vbench.prompts import READ_SAMPLES, prompt_of
 from opensora.evaluate.vbench.videos import Collection
 
 STILL_MOTION = 0.5
@@ -46,6 +46,7 @@ def warnings(
     if collection.missing:
         found.append(
             f"{len(collection.missing)} videos are missing, '{collection.missing[0]}' for one"
+            + _more_for_flickering(config, collection)
         )
     if collection.strays:
         name, nearest = next(iter(collection.strays.items()))
@@ -109,6 +110,23 @@ def _subset(config: JudgingConfig) -> list[str]:
     if parts == ["rewritten prompts"]:
         return ["prompts were rewritten: compare with published scores of rewritten prompts only"]
     return [f"not VBench's protocol ({', '.join(parts)}): do not compare with published scores"]
+
+
+def _more_for_flickering(config: JudgingConfig, collection: Collection) -> str:
+    """What to set where a folder has some samples of each prompt, but no more for flickering."""
+    if not isinstance(config, VBenchConfig):
+        return ""
+    least = config.samples_per_prompt
+    numbered = [prompt_of(name) for name in collection.missing]
+    beyond = [prompt for prompt, number in numbered if number is not None and number >= least]
+    there = [v.sample for prompt in set(beyond) for v in collection.videos.get(prompt, ())]
+    have = max([least, *(1 + number for number in there if number is not None)])
+    if not beyond or have >= config.flicker_samples:
+        return ""
+    return (
+        f"; {len(beyond)} of them are more samples for temporal_flickering, of which the folder "
+        f"has {have} a prompt: set flicker_samples={have}"
+    )
 
 
 def _few_static(config: JudgingConfig, tasks: Mapping[str, Sequence[Task]]) -> list[str]:

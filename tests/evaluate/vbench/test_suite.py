@@ -153,6 +153,22 @@ def test_what_is_missing_is_counted_and_named(tmp_path, standard):
     assert any("are missing" in text for text in settings["warnings"])
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_folder_without_the_samples_for_flickering_is_told_the_setting(
+    samples, tmp_path, standard, prompts_file
+):
+    settings = {"prompts": str(prompts_file), "samples_per_prompt": samples}
+    told = judge(Subject(videos=standard), tmp_path / "out", **settings)["settings"]["warnings"]
+    (line,) = [text for text in told if "are missing" in text]
+    assert line.endswith(
+        "23 of them are more samples for temporal_flickering, of which the folder has 2 a prompt: "
+        "set flicker_samples=2"
+    )
+    settings["flicker_samples"] = 2
+    told = judge(Subject(videos=standard), tmp_path / "out", **settings)["settings"]["warnings"]
+    assert not any("are missing" in text for text in told)
+
+
 def test_a_stray_name_is_named_with_its_nearest_prompt(tmp_path, standard, fill):
     fill(standard, {"a person swimming in the ocean-0.mp4": moving("", 1)})
     warnings = judge(Subject(videos=standard), tmp_path / "out")["settings"]["warnings"]
