@@ -19,7 +19,7 @@ from opensora.diffusion import guidance, objective, schedule, timesteps
 from opensora.diffusion.guidance import Guide, Hide
 from opensora.diffusion.process import Process, per_frame
 from opensora.diffusion.samplers import SAMPLERS
-from opensora.errors import UsageError
+from opensora.errors import NumericsError, UsageError
 from opensora.infer import choices, loading
 from opensora.infer.caching.applied import applied
 from opensora.infer.calls import (
@@ -339,7 +339,11 @@ class VideoPipeline:
         callback: Callback | None = None,
         fresh: Fresh | None = None,
     ) -> Tensor:
-        """Latents moved from the levels of the first row to those of the last."""
+        """Latents moved from the levels of the first row to those of the last.
+
+        Raises:
+            NumericsError: the model gave numbers that are not finite, which pixels would hide.
+        """
 
         def told(step: int, x: Tensor, data: Tensor) -> Tensor | None:
             guide.after(guide.step)  # counted on where a guide is walked with more than once
@@ -353,11 +357,20 @@ class VideoPipeline:
         sampler = SAMPLERS[sampling.sampler]
         with applied(self.model, sampling.cache) as cache:
             try:
-                return sampler(
+                x = sampler(
                     guide, x, levels.to(x), process=self.process, callback=told, noise=fresh
                 )
             except _Interrupted as ended:
                 return ended.latents
+        broken = int((~x.isfinite()).flatten(1).any(dim=1).sum())
+        if broken:
+            narrow = self.dtype == torch.float16
+            raise NumericsError(
+                f"{broken} of {len(x)} videos came out of the denoiser with values that are no "
+                "finite numbers: "
+                + ("float16 overflows, use bf16 or fp32" if narrow else "its weights have diverged")
+            )
+        return x
 
     def _predict(self, x: Tensor, t: Tensor, condition: Any, *, team: Team | None) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):

@@ -9,7 +9,7 @@ import torch
 
 from opensora.data.transforms import to_uint8
 from opensora.engine import checkpoint, saving
-from opensora.errors import CheckpointError, UsageError
+from opensora.errors import CheckpointError, NumericsError, UsageError
 from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
 from opensora.infer.placing import place
 from opensora.infer.savings import SavingsConfig
@@ -251,6 +251,14 @@ def test_another_shape_and_rate_may_be_asked(pipeline):
 def test_a_shape_that_does_not_fit_is_refused(change, told, pipeline):
     with pytest.raises(UsageError, match=told):
         pipeline(PROMPTS[:1], shape=replace(SHAPE, **change))
+
+
+def test_a_model_that_has_diverged_is_told_and_not_drawn():
+    pipeline = build_pipeline()
+    with torch.no_grad():
+        next(iter(pipeline.model.parameters())).fill_(torch.nan)
+    with pytest.raises(NumericsError, match=r"1 of 1 videos .* have diverged"):
+        pipeline(PROMPTS[:1])
 
 
 def test_seeds_and_a_generator_exclude_each_other(pipeline):
