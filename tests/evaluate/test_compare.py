@@ -127,7 +127,9 @@ def test_the_arenas_scores_are_read_from_its_records(tmp_path):
 
 
 def test_a_model_that_gives_no_numbers_is_named_and_not_called_equal(tmp_path):
-    sound, broken = result(tmp_path / "a", [1, 2]), result(tmp_path / "b", [1, float("nan")])
+    sound, broken = result(tmp_path / "a", [1, 2]), result(tmp_path / "b", [1, 2])
+    values = tmp_path / "b" / "values.jsonl"  # as results of older versions may be
+    values.write_text(values.read_text().replace('"psnr": 2.0', '"psnr": NaN'))
     with pytest.raises(DataError, match=r"psnr of 'vae clip 1' in .*b is nan"):
         compare.compare(sound, broken)
 
