@@ -22,7 +22,7 @@ def install(folder: Path) -> None:
     def counted(trainer: Trainer) -> None:
         before = alive()
         evaluate(trainer)
-        after, deadline = alive(), time.monotonic() + 2
+        after, deadline = alive(), time.monotonic() + 30
         # gloo's thread lets go of what it sent a moment after a collective has ended.
         while after[:2] != before[:2] and time.monotonic() < deadline:
             time.sleep(0.05)
