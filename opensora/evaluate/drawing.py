@@ -7,7 +7,7 @@ What a seed and a batch draw is the same on any number of ranks (`infer.samples`
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 from opensora.errors import DataError
 from opensora.infer import samples
 from opensora.infer.jobs import Job
-from opensora.infer.pipeline import SamplingConfig, Shape, VideoPipeline
+from opensora.infer.pipeline import Shape, VideoPipeline
 from opensora.media.read import read_clip
-from opensora.media.write import safe_name, write_video
+from opensora.media.write import write_video
 from opensora.runtime import Runtime
 
 
@@ -27,17 +27,13 @@ def draw(
     work: Sequence[Job],
     folder: Path,
     *,
-    sampling: SamplingConfig,
-    batch_size: int,
     place: Runtime,
-    progress: Callable[[int, int], None] | None = None,
-    shape: Shape | None = None,
-    negative_prompt: str = "",
-    name: Callable[[Job], str] = lambda job: safe_name(job.prompt, job.index),
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Draw what is missing, decode everything, and draw again what does not decode.
 
-    Args: those of `infer.samples.draw`.
+    Args:
+        options: the others of `infer.samples.draw`.
 
     Returns:
         One record a job, in the order of `work`, on every rank.
@@ -47,18 +43,7 @@ def draw(
         UsageError: the folder holds samples of other weights or settings.
     """
     for attempt in (1, 2):
-        records = samples.draw(
-            pipeline,
-            work,
-            folder,
-            sampling=sampling,
-            shape=shape,
-            negative_prompt=negative_prompt,
-            batch_size=batch_size,
-            name=name,
-            place=place,
-            progress=progress,
-        )
+        records = samples.draw(pipeline, work, folder, place=place, **options)
         mine = records[place.rank :: place.world_size]
         found = place.gather_objects([(r["file"], _damage(folder, r)) for r in mine])
         broken = [(file, reason) for part in found for file, reason in part if reason]
